@@ -1,0 +1,61 @@
+# One verb, one command. `make demo` and `make test` need Python 3.11 or later and nothing else.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# Where the verbs below read and write; override any of them on the command line.
+LOG ?= demo/log
+NAME ?= demo-imn-3p-plus
+RUN_FOLDER ?= runs/$(NAME)
+BUNDLE ?= bundles/$(NAME)
+
+.PHONY: install demo test check format train export serve load bench clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# make demo [DATA=<log>] [ONCE=1] [PORT=8000]
+demo: install
+	@exec $(RUN) -m loadtest demo $(if $(DATA),--data '$(DATA)') $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
+
+test: install
+	$(RUN) -m pytest
+
+check: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: install
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# make train NAME=demo-imn-3p-plus LOG=<prepared log>
+train: install
+	$(RUN) -m training train $(NAME) $(LOG) $(RUN_FOLDER) --resume
+
+export: install
+	$(RUN) -m exporter $(RUN_FOLDER)/model.pt $(BUNDLE)
+
+serve: install
+	exec $(RUN) -m service --bundle $(BUNDLE)
+
+# Fills Redis (REDIS_URL) with the histories of a prepared log.
+load: install
+	$(RUN) -m service backfill $(LOG) --bundle $(BUNDLE)
+
+# Prints the tables of docs/results; takes minutes, gates nothing.
+bench: install
+	$(RUN) -m tests.benchmarks.imn_graphs
+	$(RUN) -m tests.benchmarks.encoding
+	$(RUN) -m tests.benchmarks.loader
+	$(if $(DATA),$(RUN) -m tests.benchmarks.prepare '$(DATA)')
+
+clean:
+	rm -rf $(VENV) demo runs bundles build *.egg-info

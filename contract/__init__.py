@@ -1,0 +1,1 @@
+"""What training promises and serving relies on: record codec, feature encoding, bundle manifest."""

@@ -1,0 +1,28 @@
+"""Time buckets: elapsed time on a doubling scale, [0,1) -> 0, [1,2) -> 1, [2,4) -> 2, ...
+
+[2^k, 2^(k+1)) -> k+1, which is the bit length of the whole number of elapsed units.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MANTISSA_BITS = 52
+_EXPONENT_OF_ONE = 1022  # biased exponent of 1.0 less the bit length of 1
+
+
+def time_buckets(elapsed_s: NDArray[np.int64], unit_s: int, n_buckets: int) -> NDArray[np.int64]:
+    """Return the bucket of each elapsed time, any shape, in 0 .. n_buckets-1.
+
+    `elapsed_s`: seconds; below 0 (clock skew) counts as 0. `unit_s`: seconds in one unit.
+    Buckets past the table are clipped to its last row.
+
+    >>> time_buckets(np.array([-5, 0, 1, 2, 3, 4, 1000]), unit_s=1, n_buckets=8).tolist()
+    [0, 0, 1, 2, 2, 3, 7]
+    """
+    units = np.maximum(elapsed_s, 0) // unit_s
+    # The exponent of a float64 *is* the bit length: exact below 2^53 units, and three cheap
+    # passes where a logarithm would cost ten and round at the powers of two.
+    exponents = units.astype(np.float64).view(np.int64)
+    exponents >>= _MANTISSA_BITS
+    exponents -= _EXPONENT_OF_ONE
+    return np.clip(exponents, 0, n_buckets - 1, out=exponents)

@@ -1,0 +1,143 @@
+"""The bundle: one exported model in a folder with everything that is needed to serve it.
+
+manifest.json    what it is, how to encode for it, and the sha256 and size of every other file
+model.onnx       the graph (with model.onnx.data beside it where tables are large)
+catalogue.npy    int64 item ids, ascending
+golden.npz       requests and the scores they must get
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from contract.catalogue import Catalogue
+from contract.errors import BundleError, ContractError
+from contract.features import FeatureSpec
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+CATALOGUE = "catalogue.npy"
+GOLDEN = "golden.npz"
+REQUIRED_FILES = (MODEL, CATALOGUE, GOLDEN)
+
+INPUT_NAMES = ("history_items", "history_buckets", "candidate_items")
+OUTPUT_NAME = "scores"
+
+ScoreKind = Literal["probability", "affinity"]
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """Size and hash of one file of the bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size_bytes: Annotated[int, Field(ge=0)]
+
+
+class Manifest(BaseModel):
+    """What manifest.json says.
+
+    `score_kind`: a click `probability`, or an `affinity`, of which only the order means something.
+    `golden_tolerance`: largest absolute difference of a served golden score.
+    `produced_with`: versions of the programs that made the bundle, and the ONNX opset.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    model_name: Annotated[str, Field(min_length=1)]
+    model_version: Annotated[str, Field(min_length=1)]
+    score_kind: ScoreKind
+    features: FeatureSpec
+    n_items: Annotated[int, Field(ge=0)]
+    golden_tolerance: Annotated[float, Field(gt=0)]
+    metrics: dict[str, float]
+    training_config: dict[str, Any]
+    data_fingerprint: str
+    produced_with: dict[str, str]
+    files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _files_are_plain_names(self) -> "Manifest":
+        for name in self.files:
+            if Path(name).name != name or name in {"", ".", "..", MANIFEST}:
+                raise ValueError(f"files: {name!r} is not a plain file name")
+        missing = [name for name in REQUIRED_FILES if name not in self.files]
+        if missing:
+            raise ValueError(f"files: {', '.join(missing)} must be listed")
+        return self
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Return size and sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return FileEntry(sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json; BundleError names the folder, the file and the reason."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"bundle {folder}: no such folder")
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"bundle {folder}: {MANIFEST} is missing") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"bundle {folder}: {MANIFEST} is not readable: {error}") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"bundle {folder}: {MANIFEST} has format version {version!r}, "
+            f"this program reads version {FORMAT_VERSION}"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()
+        )
+        raise BundleError(f"bundle {folder}: {MANIFEST}: {reasons}") from error
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Raise BundleError unless every listed file is there with its size and hash."""
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"bundle {folder}: {name} is missing")
+        size = path.stat().st_size
+        if size != expected.size_bytes:
+            raise BundleError(
+                f"bundle {folder}: {name} has {size} bytes, {MANIFEST} says {expected.size_bytes}"
+            )
+        if (found := file_entry(path).sha256) != expected.sha256:
+            raise BundleError(
+                f"bundle {folder}: {name} has sha256 {found[:12]}…, "
+                f"{MANIFEST} says {expected.sha256[:12]}…: the file was altered"
+            )
+
+
+def read_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
+    """Read catalogue.npy; BundleError unless it is a catalogue of `manifest.n_items` items."""
+    try:
+        item_ids = np.load(folder / CATALOGUE, allow_pickle=False)
+        catalogue = Catalogue(item_ids)
+    except (OSError, ValueError, ContractError) as error:
+        raise BundleError(f"bundle {folder}: {CATALOGUE}: {error}") from error
+    if len(catalogue) != manifest.n_items:
+        raise BundleError(
+            f"bundle {folder}: {CATALOGUE} holds {len(catalogue)} items, "
+            f"{MANIFEST} says {manifest.n_items}"
+        )
+    return catalogue

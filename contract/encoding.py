@@ -1,0 +1,97 @@
+"""Raw histories and candidates to model inputs: the one encoding of training and of serving.
+
+Shapes: B requests, C candidates, L history length, G granularities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contract.buckets import time_buckets
+from contract.catalogue import Catalogue
+from contract.features import FeatureSpec
+from contract.records import MIN_ITEM, PADDING_ITEM, RECORD_BYTES, stack_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """The three inputs of every model, int64; 0 pads all of them.
+
+    `history_items` [B, L]: catalogue rows, right-aligned, so that the newest behavior always
+    stands in the last column. `history_buckets` [B, L, G]. `candidate_items` [B, C]: rows.
+    """
+
+    history_items: NDArray[np.int64]
+    history_buckets: NDArray[np.int64]
+    candidate_items: NDArray[np.int64]
+
+    def as_feed(self) -> dict[str, NDArray[np.int64]]:
+        """Return the inputs under the names that an exported graph gives them."""
+        return {
+            "history_items": self.history_items,
+            "history_buckets": self.history_buckets,
+            "candidate_items": self.candidate_items,
+        }
+
+
+def history_buckets(
+    times_BL: NDArray[np.generic],
+    valid_BL: NDArray[np.bool_],
+    ranking_times_B: NDArray[np.int64],
+    spec: FeatureSpec,
+) -> NDArray[np.int64]:
+    """Return the time buckets [B, L, G] of behaviors at `times_BL`, 0 where not valid.
+
+    Elapsed time is measured back from the ranking time of each row, in seconds.
+    """
+    elapsed_BL = ranking_times_B[:, None] - times_BL.astype(np.int64)
+    elapsed_BL *= valid_BL
+    buckets_BLG = np.empty((*times_BL.shape, len(spec.granularities)), dtype=np.int64)
+    for g, granularity in enumerate(spec.granularities):
+        buckets_BLG[:, :, g] = time_buckets(elapsed_BL, granularity.unit_s, granularity.n_buckets)
+    return buckets_BLG
+
+
+def stack_candidates(
+    candidates: Sequence[NDArray[np.int64]], width: int | None = None
+) -> NDArray[np.int64]:
+    """Return item ids [B, width], padded with 0 on the right; `width` defaults to the longest."""
+    longest = max((len(row) for row in candidates), default=0)
+    stacked_BC = np.full(
+        (len(candidates), longest if width is None else width), PADDING_ITEM, dtype=np.int64
+    )
+    for b, row in enumerate(candidates):
+        stacked_BC[b, : len(row)] = row
+    return stacked_BC
+
+
+def encode(
+    histories: Sequence[bytes],
+    candidates_BC: NDArray[np.int64],
+    ranking_times_B: NDArray[np.int64],
+    catalogue: Catalogue,
+    spec: FeatureSpec,
+    length: int | None = None,
+) -> tuple[ModelInputs, NDArray[np.bool_]]:
+    """Encode B raw histories (whole records, oldest first) and their candidates.
+
+    `length`: columns of the history, `spec.history_length` unless said; the newest behaviors
+    are kept. Returns the inputs and `corrupt_B`: whether a row holds an item id below 1, which
+    no writer of histories produces; the scores of such a row mean nothing.
+    """
+    records_BL = stack_records(histories, spec.history_length if length is None else length)
+    items_BL = np.ascontiguousarray(records_BL["item"])
+    n_valid_B = np.fromiter(
+        (len(raw) // RECORD_BYTES for raw in histories), dtype=np.int64, count=len(histories)
+    )
+    columns_L = np.arange(items_BL.shape[1])
+    valid_BL = columns_L >= items_BL.shape[1] - n_valid_B[:, None]
+    corrupt_B = ((items_BL < MIN_ITEM) & valid_BL).any(axis=1)
+    inputs = ModelInputs(
+        history_items=catalogue.rows(items_BL),
+        history_buckets=history_buckets(records_BL["time"], valid_BL, ranking_times_B, spec),
+        candidate_items=catalogue.rows(candidates_BC),
+    )
+    return inputs, corrupt_B

@@ -1,0 +1,1 @@
+"""A checkpoint to an ONNX bundle, proven equal to the checkpoint."""

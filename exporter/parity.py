@@ -1,0 +1,148 @@
+"""Proves that a graph is the model: names, axes, types, then values over a grid of shapes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from contract.bundle import INPUT_NAMES, OUTPUT_NAME
+from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW
+from contract.encoding import ModelInputs
+from contract.features import FeatureSpec
+from exporter.errors import (
+    AxisMismatchError,
+    ExportError,
+    NameMismatchError,
+    TypeMismatchError,
+    ValueMismatchError,
+)
+
+VALUE_TOLERANCE = 1e-5
+_BATCH_SIZES = (1, 2, 8)
+_LENGTHS = (1, 7, 100, 1000)
+_CANDIDATES = (1, 10, 500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """The largest absolute difference of a score at one shape."""
+
+    batch_size: int
+    length: int
+    n_candidates: int
+    max_difference: float
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """Return an onnxruntime session on the CPU; ExportError when the graph cannot be loaded."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class but Exception
+        raise ExportError(f"onnxruntime cannot load {path.name}: {error}") from error
+
+
+def prove_signature(session: ort.InferenceSession, spec: FeatureSpec) -> None:
+    """Raise unless names, axes and element types are those of the contract."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    _prove_equal(NameMismatchError, "inputs", tuple(i.name for i in inputs), INPUT_NAMES)
+    _prove_equal(NameMismatchError, "outputs", tuple(o.name for o in outputs), (OUTPUT_NAME,))
+    for node in inputs:
+        _prove_equal(TypeMismatchError, node.name, node.type, "tensor(int64)")
+    _prove_equal(TypeMismatchError, OUTPUT_NAME, outputs[0].type, "tensor(float)")
+    length = "L" if spec.history_length > 1 else 1
+    axes = {
+        "history_items": ["B", length],
+        "history_buckets": ["B", length, len(spec.granularities)],
+        "candidate_items": ["B", "C"],
+        OUTPUT_NAME: ["B", "C"],
+    }
+    for node in (*inputs, *outputs):
+        _prove_equal(AxisMismatchError, node.name, list(node.shape), axes[node.name])
+
+
+def prove_values(
+    session: ort.InferenceSession,
+    scorer: nn.Module,
+    spec: FeatureSpec,
+    n_rows: int,
+    *,
+    seed: int = 0,
+) -> list[ParityRow]:
+    """Compare the graph with the model over a grid of shapes, empty and full histories, unknown
+    items; raise ValueMismatchError at the first difference above 1e-5 (relative above 1).
+    """
+    rng = np.random.default_rng(seed)
+    return [_compare(session, scorer, inputs) for inputs in example_inputs(spec, n_rows, rng)]
+
+
+def example_inputs(
+    spec: FeatureSpec, n_rows: int, rng: np.random.Generator
+) -> Iterator[ModelInputs]:
+    """Yield random inputs at every shape of the grid."""
+    lengths = sorted({min(length, spec.history_length) for length in _LENGTHS})
+    for batch_size in _BATCH_SIZES:
+        for length in lengths:
+            for n_candidates in _CANDIDATES:
+                yield random_inputs(spec, n_rows, (batch_size, length, n_candidates), rng)
+
+
+def random_inputs(
+    spec: FeatureSpec, n_rows: int, shape: tuple[int, int, int], rng: np.random.Generator
+) -> ModelInputs:
+    """Return inputs of shape (B, L, C): the first history is full, the second empty."""
+    batch_size, length, n_candidates = shape
+    n_valid_B = rng.integers(0, length, size=batch_size, endpoint=True)
+    n_valid_B[0], n_valid_B[1:2] = length, 0
+    valid_BL = np.arange(length) >= length - n_valid_B[:, None]
+    items_BL = np.where(valid_BL, _rows((batch_size, length), n_rows, rng), PADDING_ROW)
+    buckets = [
+        np.where(valid_BL, rng.integers(granularity.n_buckets, size=items_BL.shape), 0)
+        for granularity in spec.granularities
+    ]
+    return ModelInputs(
+        history_items=items_BL,
+        history_buckets=np.stack(buckets, axis=2),
+        candidate_items=_rows((batch_size, n_candidates), n_rows, rng),
+    )
+
+
+def _rows(shape: Sequence[int], n_rows: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    known = rng.integers(FIRST_ROW, max(n_rows, FIRST_ROW + 1), size=shape)
+    unknown = (rng.random(shape) < 0.1) | (n_rows <= FIRST_ROW)
+    return np.where(unknown, UNKNOWN_ROW, known)
+
+
+def _compare(session: ort.InferenceSession, scorer: nn.Module, inputs: ModelInputs) -> ParityRow:
+    feed = inputs.as_feed()
+    (found,) = session.run([OUTPUT_NAME], feed)
+    with torch.inference_mode():
+        expected = scorer(*(torch.from_numpy(array) for array in feed.values())).numpy()
+    batch_size, length = inputs.history_items.shape
+    shape = f"B={batch_size}, L={length}, C={inputs.candidate_items.shape[1]}"
+    if found.shape != expected.shape:
+        raise ValueMismatchError(f"at {shape}: graph gives {found.shape}, model {expected.shape}")
+    difference = np.abs(found - expected)
+    allowed = VALUE_TOLERANCE * np.maximum(1.0, np.abs(expected))
+    if not (difference <= allowed).all():  # written so that NaN fails too
+        raise ValueMismatchError(
+            f"at {shape}: scores differ by {np.nanmax(difference):.2e}, allowed are "
+            f"{VALUE_TOLERANCE:.0e}"
+        )
+    return ParityRow(
+        batch_size=batch_size,
+        length=length,
+        n_candidates=inputs.candidate_items.shape[1],
+        max_difference=float(difference.max()),
+    )
+
+
+def _prove_equal(error: type[ExportError], what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise error(f"{what}: the graph has {found}, expected {expected}")

@@ -1,0 +1,1 @@
+"""A synthetic world and its people, traffic, and the verdict on a service under load."""

@@ -1,0 +1,317 @@
+"""A synthetic world: people whose true click probabilities are known.
+
+People have long interests (a few topics each, over hundreds of behaviors) and *combinations*: a
+target item that is likely only when two other items, its ingredients, both stand somewhere in the
+history, far apart (rum and lime make peppermint likely). A target has several recipes, and only
+ingredients of one recipe go together: what matters is a relation between two behaviors, which
+the target alone does not give away. Ingredients of a broken combination appear as often as those
+of a whole one, so that counting them tells nothing.
+
+The log it writes is an ordinary one: `user_id, item_id, timestamp, label`, where organic behaviors
+carry no label, and `click_probability`, the truth, of every labelled row. The world itself is kept
+in a file, for simulations that need to know what its people would do.
+
+Shapes: U users, N items, K topics, T targets, R recipes a target, C candidates.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+_START_S = 1_600_000_000
+_MAX_ITEM_ID = 1 << 40
+
+
+class Combination(IntEnum):
+    """What a person's history holds of a target's ingredients."""
+
+    ABSENT = 0
+    BROKEN = 1
+    WHOLE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSettings:
+    """Sizes and rates of a world.
+
+    `history_length`: organic behaviors of a person before the first visit. `visits` of
+    `candidates` items each follow, `targets_per_visit` of them targets; a person is shown each
+    target at most once. `history_days`, `visit_days`: how long both phases last. `recipes`: of
+    each target; with one, a broken combination lacks an ingredient, with more it may also mix
+    two recipes. `memory`: ingredients lie within so many newest organic behaviors.
+    """
+
+    users: int = 2000
+    items: int = 2000
+    topics: int = 20
+    targets: int = 24
+    recipes: int = 2
+    history_length: int = 1000
+    memory: int = 900
+    visits: int = 6
+    candidates: int = 8
+    targets_per_visit: int = 4
+    history_days: int = 180
+    visit_days: int = 30
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "users",
+            "topics",
+            "recipes",
+            "history_length",
+            "visits",
+            "candidates",
+            "history_days",
+            "visit_days",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.targets_per_visit <= self.candidates:
+            raise ValueError(
+                f"targets_per_visit must be within 0 .. candidates ({self.candidates}), "
+                f"got {self.targets_per_visit}"
+            )
+        if self.visits * self.targets_per_visit > self.targets:
+            raise ValueError(
+                f"{self.visits} visits with {self.targets_per_visit} targets each need as many "
+                f"targets, got {self.targets}"
+            )
+        n_special = self.targets * (1 + 2 * self.recipes)
+        if self.items < n_special + self.topics:
+            raise ValueError(
+                f"items must be at least {n_special + self.topics} for {self.targets} targets with "
+                f"their ingredients and {self.topics} topics, got {self.items}"
+            )
+        if not 2 * self.targets <= self.memory <= self.history_length:
+            raise ValueError(
+                f"memory must be within {2 * self.targets} (two ingredients a target) .. "
+                f"history_length ({self.history_length}), got {self.memory}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The truth about items and people.
+
+    Item indices: targets first (0 .. T-1), then ingredients, then ordinary items.
+    `item_ids` int64 [N]; `topics` int64 [N], -1 for special items; `popularity` float64 [N] within
+    the topic; `appeals` float64 [N], what an item adds to the log-odds of a click.
+    `ingredients` int64 [T, R, 2]; `interests` float64 [U, K], rows add up to 1;
+    `combinations` int8 [U, T] (`Combination`).
+    """
+
+    item_ids: NDArray[np.int64]
+    topics: NDArray[np.int64]
+    popularity: NDArray[np.float64]
+    appeals: NDArray[np.float64]
+    ingredients: NDArray[np.int64]
+    interests: NDArray[np.float64]
+    combinations: NDArray[np.int8]
+
+    @property
+    def n_targets(self) -> int:
+        """Return T."""
+        return len(self.ingredients)
+
+    def click_probabilities(
+        self, users: NDArray[np.int64], items: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Return the true click probability of item indices for user indices, broadcast."""
+        users, items = np.broadcast_arrays(users, items)
+        is_target = items < self.n_targets
+        interest = self.interests[users, np.maximum(self.topics[items], 0)]
+        log_odds = -2.5 + self.appeals[items] + 8.0 * interest
+        state = self.combinations[users, np.where(is_target, items, 0)]
+        log_odds = np.where(is_target, np.where(state == Combination.WHOLE, 1.5, -2.5), log_odds)
+        return 1.0 / (1.0 + np.exp(-log_odds))
+
+    def save(self, path: Path) -> None:
+        """Write the world as an .npz of plain arrays."""
+        with path.open("wb") as file:
+            np.savez_compressed(file, **vars(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "World":
+        """Read what `save` wrote; raises ValueError that names the file otherwise."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**{name: arrays[name] for name in arrays.files})
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a world: {error}") from error
+
+
+def make_world(settings: WorldSettings) -> World:
+    """Return the world that `settings.seed` determines."""
+    rng = np.random.default_rng([settings.seed, 0])
+    n_targets, n_recipes = settings.targets, settings.recipes
+    n_special = n_targets * (1 + 2 * n_recipes)
+    n_ordinary = settings.items - n_special
+    ids = np.unique(rng.integers(1, _MAX_ITEM_ID, size=2 * settings.items))
+    item_ids = rng.permutation(ids)[: settings.items]
+    topics = np.full(settings.items, -1, dtype=np.int64)
+    topics[n_special:] = np.arange(n_ordinary) % settings.topics
+    popularity = np.zeros(settings.items)
+    popularity[n_special:] = 1.0 / (1 + np.arange(n_ordinary) // settings.topics)  # Zipf's law
+    appeals = np.where(topics >= 0, rng.normal(0.0, 0.5, settings.items), 0.0)
+    ingredients = n_targets + np.arange(2 * n_targets * n_recipes).reshape(n_targets, n_recipes, 2)
+    # Three favourite topics a person, of different weight.
+    interests = np.zeros((settings.users, settings.topics))
+    favourites = rng.random(interests.shape).argsort(axis=1)[:, : min(3, settings.topics)]
+    weights = rng.dirichlet(np.full(favourites.shape[1], 2.0), size=settings.users)
+    np.put_along_axis(interests, favourites, weights, axis=1)
+    states = [Combination.ABSENT, Combination.BROKEN, Combination.WHOLE]
+    combinations = rng.choice(states, p=[0.1, 0.5, 0.4], size=(settings.users, n_targets))
+    return World(
+        item_ids=item_ids,
+        topics=topics,
+        popularity=popularity,
+        appeals=appeals,
+        ingredients=ingredients,
+        interests=interests,
+        combinations=combinations.astype(np.int8),
+    )
+
+
+def write_log(world: World, settings: WorldSettings, path: Path) -> int:
+    """Write the log of a world's people as Parquet, and return its number of rows."""
+    frame = pl.concat([_organic(world, settings), _visits(world, settings)])
+    frame = frame.sort("user_id", "timestamp", maintain_order=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    frame.write_parquet(staging)
+    staging.replace(path)
+    return len(frame)
+
+
+def _organic(world: World, settings: WorldSettings) -> pl.DataFrame:
+    """Return the histories: items of the people's topics, with ingredients put in between."""
+    rng = np.random.default_rng([settings.seed, 1])
+    n_users, length = settings.users, settings.history_length
+    topic_UL = _choose_rows(world.interests, length, rng)
+    by_topic = [np.flatnonzero(world.topics == k) for k in range(settings.topics)]
+    items_UL = np.empty((n_users, length), dtype=np.int64)
+    for topic, members in enumerate(by_topic):
+        chosen = topic_UL == topic
+        weights = world.popularity[members]
+        items_UL[chosen] = rng.choice(members, size=int(chosen.sum()), p=weights / weights.sum())
+
+    places_UX = rng.random((n_users, settings.memory)).argsort(axis=1)[:, : 2 * settings.targets]
+    places_UT2 = (length - settings.memory + places_UX).reshape(n_users, settings.targets, 2)
+    present_UT = world.combinations != Combination.ABSENT
+    users = np.broadcast_to(np.arange(n_users)[:, None, None], places_UT2.shape)
+    items_UL[users[present_UT], places_UT2[present_UT]] = _ingredients(world, settings, rng)[
+        present_UT
+    ]
+    span_s = settings.history_days * 86_400
+    times_UL = _START_S + np.sort(rng.integers(span_s, size=items_UL.shape), axis=1)
+    return _frame(
+        np.repeat(np.arange(n_users), length), world.item_ids[items_UL], times_UL, None, None
+    )
+
+
+def _ingredients(
+    world: World, settings: WorldSettings, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return the two ingredients [U, T, 2] that each person met of each target's recipes."""
+    shape = world.combinations.shape
+    targets_T = np.arange(settings.targets)
+    recipe_UT = rng.integers(settings.recipes, size=shape)
+    first_UT = world.ingredients[targets_T, recipe_UT, 0]
+    second_UT = world.ingredients[targets_T, recipe_UT, 1]
+    # A broken pair: one ingredient twice, or two of different recipes.
+    other_UT = (
+        recipe_UT + rng.integers(1, max(2, settings.recipes), size=shape)
+    ) % settings.recipes
+    mixed_UT = world.ingredients[targets_T, other_UT, 1]
+    is_mixed_UT = (rng.random(shape) < 0.5) & (settings.recipes > 1)
+    is_first_UT = rng.random(shape) < 0.5
+    twice_UT = np.where(is_first_UT, first_UT, second_UT)
+    broken_UT = world.combinations == Combination.BROKEN
+    return np.stack(
+        [
+            np.where(broken_UT & ~is_mixed_UT, twice_UT, first_UT),
+            np.where(broken_UT, np.where(is_mixed_UT, mixed_UT, twice_UT), second_UT),
+        ],
+        axis=2,
+    )
+
+
+def _visits(world: World, settings: WorldSettings) -> pl.DataFrame:
+    """Return what people were shown, whether they clicked, and with which probability."""
+    rng = np.random.default_rng([settings.seed, 2])
+    n_users, n_targets = settings.users, settings.targets_per_visit
+    n_ordinary = settings.candidates - n_targets
+    order_UT = rng.random((n_users, settings.targets)).argsort(axis=1)
+    shown_targets = order_UT[:, : settings.visits * n_targets].reshape(n_users, settings.visits, -1)
+    ordinary = np.flatnonzero(world.topics >= 0)
+    shown_ordinary = rng.choice(ordinary, size=(n_users, settings.visits, n_ordinary))
+    # Half of the ordinary candidates come from the person's own topics, as a recall stage would.
+    topic = _choose_rows(world.interests, settings.visits * n_ordinary, rng).reshape(
+        shown_ordinary.shape
+    )
+    same_topic = ordinary[
+        rng.integers(len(ordinary) // settings.topics, size=topic.shape) * settings.topics + topic
+    ]
+    own = rng.random(topic.shape) < 0.5
+    items_UVC = np.concatenate([shown_targets, np.where(own, same_topic, shown_ordinary)], axis=2)
+    items_UVC = rng.permuted(items_UVC, axis=2)
+    users_U11 = np.arange(n_users)[:, None, None]
+    probability_UVC = world.click_probabilities(users_U11, items_UVC)
+    clicks_UVC = rng.random(probability_UVC.shape) < probability_UVC
+    start_s = _START_S + settings.history_days * 86_400
+    times_UV = start_s + np.sort(
+        rng.integers(settings.visit_days * 86_400, size=(n_users, settings.visits)), axis=1
+    )
+    times_UVC = np.broadcast_to(times_UV[:, :, None], items_UVC.shape)
+    return _frame(
+        np.broadcast_to(users_U11, items_UVC.shape),
+        world.item_ids[items_UVC],
+        times_UVC,
+        clicks_UVC,
+        probability_UVC,
+    )
+
+
+def _choose_rows(
+    weights_UK: NDArray[np.float64], n: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return n draws [U, n] from each row's distribution."""
+    edges_UK = np.cumsum(weights_UK, axis=1)
+    tickets_UN = rng.random((len(weights_UK), n)) * edges_UK[:, -1:]
+    # Counting the edges below a ticket is a search in each row, for all rows at once.
+    chosen_UN = np.zeros(tickets_UN.shape, dtype=np.int64)
+    for edge_U in edges_UK.T[:-1]:
+        chosen_UN += tickets_UN >= edge_U[:, None]
+    return chosen_UN
+
+
+def _frame(
+    users: NDArray[np.int64],
+    items: NDArray[np.int64],
+    times: NDArray[np.int64],
+    labels: NDArray[np.bool_] | None,
+    probabilities: NDArray[np.float64] | None,
+) -> pl.DataFrame:
+    n = items.size
+    return pl.DataFrame(
+        {
+            "user_id": users.reshape(-1) + 1,
+            "item_id": items.reshape(-1),
+            "timestamp": times.reshape(-1),
+            "label": (
+                pl.repeat(None, n, dtype=pl.Int8, eager=True)
+                if labels is None
+                else labels.reshape(-1).astype(np.int8)
+            ),
+            "click_probability": (
+                pl.repeat(None, n, dtype=pl.Float32, eager=True)
+                if probabilities is None
+                else probabilities.reshape(-1).astype(np.float32)
+            ),
+        }
+    )

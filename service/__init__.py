@@ -1,0 +1,1 @@
+"""A bundle and Redis to `POST /score`."""

@@ -1,0 +1,202 @@
+"""The routes: HTTP in, HTTP out, and nothing else."""
+
+import time
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from contract.records import encode_records
+from service.errors import (
+    BodyTooLargeError,
+    CorruptHistoryError,
+    DeadlineExceededError,
+    HistoryUnavailableError,
+    InvalidRequestError,
+    ModelFailedError,
+    OverloadedError,
+)
+from service.problems import responses
+from service.schemas import (
+    EventBatch,
+    EventsAnswer,
+    EventsBody,
+    ModelInfo,
+    Models,
+    ScoreAnswer,
+    ScoreBody,
+)
+from service.scorer import ScoreRequest
+from service.wiring import Services
+
+router = APIRouter()
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+@router.post(
+    "/score",
+    summary="Score candidates for a user",
+    response_model=ScoreAnswer,
+    responses=responses(
+        InvalidRequestError,
+        BodyTooLargeError,
+        OverloadedError,
+        HistoryUnavailableError,
+        DeadlineExceededError,
+        CorruptHistoryError,
+        ModelFailedError,
+    ),
+)
+async def score(
+    body: ScoreBody,
+    request: Request,
+    x_deadline_ms: Annotated[
+        float | None,
+        Header(
+            gt=0,
+            le=60_000,
+            description="Milliseconds within which scoring must have begun.",
+        ),
+    ] = None,
+) -> Response:
+    """Score up to 1,000 candidates by the user's behaviors, in the order asked.
+
+    An unknown user is scored with an empty history (`history_length` 0), unknown candidates as
+    the unknown item. The `Server-Timing` header says where the time went, in milliseconds.
+    """
+    services = _services(request)
+    started = time.perf_counter()
+    deadline_s = services.settings.deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
+    history = None
+    if body.history is not None:
+        history = encode_records(
+            [behavior.item_id for behavior in body.history],
+            [behavior.time for behavior in body.history],
+        )
+    scored, queued_s = await services.batcher.submit(
+        ScoreRequest(
+            user_id=body.user_id,
+            candidates=np.array(body.candidates, dtype=np.int64),
+            ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
+            history=history,
+        ),
+        deadline=started + deadline_s,
+    )
+    manifest = services.model.manifest
+    answer = {
+        "scores": scored.scores.tolist(),
+        "score_kind": manifest.score_kind,
+        "model": manifest.model_name,
+        "version": manifest.model_version,
+        "history_length": scored.history_length,
+        "unknown_candidates": scored.unknown_candidates,
+        "degraded": scored.degraded,
+    }
+    seconds = {
+        **scored.seconds,
+        "queue": queued_s,
+        "total": time.perf_counter() - started,
+    }
+    metrics = services.metrics
+    metrics.observe_stages(seconds)
+    metrics.history_behaviors.observe(scored.history_length)
+    metrics.unknown_candidates.inc(scored.unknown_candidates)
+    metrics.degraded.inc(int(scored.degraded))
+    timing = ", ".join(f"{stage};dur={1000 * s:.3f}" for stage, s in seconds.items())
+    return JSONResponse(answer, headers={"Server-Timing": timing})
+
+
+@router.post(
+    "/events",
+    summary="Append behaviors to histories",
+    response_model=EventsAnswer,
+    responses=responses(
+        InvalidRequestError, BodyTooLargeError, HistoryUnavailableError, CorruptHistoryError
+    ),
+)
+async def events(body: EventsBody, request: Request) -> EventsAnswer:
+    """Append one behavior, or many as `{"events": [...]}`.
+
+    Safe to repeat: a behavior (user, item, time) that stands among the user's newest 128 already
+    is not appended again. Give `time` where a call may be repeated: without it, the repetition is
+    another moment, and so another behavior. A call that fails may have served some users; repeat
+    it.
+    """
+    services = _services(request)
+    now = int(time.time())
+    latest = now + services.settings.max_clock_skew_s
+    posted = body.events if isinstance(body, EventBatch) else [body]
+    by_user: dict[str, tuple[list[int], list[int]]] = {}
+    for number, event in enumerate(posted):
+        happened = now if event.time is None else event.time
+        if happened > latest:
+            field = f"events.{number}.time" if isinstance(body, EventBatch) else "time"
+            raise InvalidRequestError(
+                f"{field}: {happened} lies more than {services.settings.max_clock_skew_s} s in "
+                "the future (unix seconds are expected)"
+            )
+        items, times = by_user.setdefault(event.user_id, ([], []))
+        items.append(event.item_id)
+        times.append(happened)
+    outcome = await services.history.append(
+        {user_id: encode_records(*behaviors) for user_id, behaviors in by_user.items()}
+    )
+    appended = sum(count for count in outcome.values() if isinstance(count, int))
+    broken = [error for error in outcome.values() if isinstance(error, CorruptHistoryError)]
+    lost = sum(
+        len(by_user[user][0]) for user, count in outcome.items() if not isinstance(count, int)
+    )
+    services.metrics.events.labels("appended").inc(appended)
+    services.metrics.events.labels("duplicate").inc(len(posted) - lost - appended)
+    services.metrics.events.labels("refused").inc(lost)
+    services.metrics.corrupt_histories.inc(len(broken))
+    if broken:
+        raise broken[0]
+    return EventsAnswer(appended=appended, duplicates=len(posted) - appended)
+
+
+@router.get("/models", summary="What is served")
+async def models(request: Request) -> Models:
+    """Return name, version and test metrics of each model."""
+    manifest = _services(request).model.manifest
+    return Models(
+        models=[
+            ModelInfo(
+                model=manifest.model_name,
+                version=manifest.model_version,
+                score_kind=manifest.score_kind,
+                history_length=manifest.features.history_length,
+                items=manifest.n_items,
+                metrics=manifest.metrics,
+            )
+        ]
+    )
+
+
+@router.get("/healthz", summary="Whether the process lives")
+async def healthz() -> dict[str, str]:
+    """Answer as long as the event loop runs."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", summary="Whether requests can be scored")
+async def readyz(request: Request) -> Response:
+    """Answer 200 when the model is loaded and histories can be read, 503 otherwise."""
+    services = _services(request)
+    redis = await services.history.is_ready()
+    ready = redis or services.settings.on_redis_failure == "cold"
+    content = {"status": "ready" if ready else "not ready", "redis": "up" if redis else "away"}
+    return JSONResponse(content, 200 if ready else 503)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Return all metrics in Prometheus' text format."""
+    registry = _services(request).metrics.registry
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,61 @@
+"""The ASGI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import problems
+from service.api import router
+from service.body_limit import BodyLimit
+from service.history import HistoryStore
+from service.model import Model
+from service.settings import Settings
+from service.wiring import running
+
+_ROUTES = frozenset({"/score", "/events", "/models", "/healthz", "/readyz", "/metrics"})
+
+
+def create_app(settings: Settings, model: Model, *, history: HistoryStore | None = None) -> FastAPI:
+    """Return the application that serves `model`; `history` replaces the store of the settings."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running(settings, model, history=history) as services:
+            app.state.services = services
+            yield
+
+    app = FastAPI(
+        title="Mneme",
+        summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
+        lifespan=lifespan,
+        strict_content_type=False,  # a body is JSON, whatever its sender calls it
+    )
+    app.include_router(router)
+    problems.install(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(_CountAnswers)
+    return app
+
+
+class _CountAnswers:
+    """ASGI middleware: counts answers by route and status, whoever gave them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Paths come from outside: only known ones may become label values.
+                route = scope["path"] if scope["path"] in _ROUTES else "other"
+                services = scope["app"].state.services
+                services.metrics.requests.labels(route, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)

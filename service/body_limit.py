@@ -1,0 +1,51 @@
+"""Refuses request bodies that are too large before they are read into memory."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import BodyTooLargeError
+from service.problems import problem_response
+
+
+class BodyLimit:
+    """ASGI middleware: answers 413 to bodies of more than `max_bytes`.
+
+    A length that is announced is refused at once. A body without one (chunked) is gathered up to
+    the limit before the application sees it: an error raised while the application reads would be
+    taken for a broken connection.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what fits."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length")
+        if announced is not None:  # the server reads no more than it announces
+            body_fits = announced.isdigit() and int(announced) <= self._max_bytes
+            if body_fits:
+                await self._app(scope, receive, send)
+            else:
+                await self._refuse(scope, receive, send)
+            return
+        gathered: list[Message] = []
+        received = 0
+        while not gathered or gathered[-1].get("more_body", False):
+            gathered.append(await receive())
+            received += len(gathered[-1].get("body", b""))
+            if received > self._max_bytes:
+                await self._refuse(scope, receive, send)
+                return
+        waiting = iter(gathered)
+
+        async def replay() -> Message:
+            return next(waiting, None) or await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = BodyTooLargeError(f"the body has more than {self._max_bytes:,} bytes")
+        await problem_response(error)(scope, receive, send)

@@ -1,0 +1,109 @@
+"""Every error as `application/problem+json` (RFC 9457), with a stable `type`."""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.errors import InvalidRequestError, ServiceError
+from service.schemas import Problem
+
+MEDIA_TYPE = "application/problem+json"
+_TYPE_PREFIX = "urn:mneme:problem:"
+_MAX_ERRORS = 10
+
+
+def install(app: FastAPI) -> None:
+    """Let `app` answer all errors as problems."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+
+
+def problem_response(
+    error: ServiceError, errors: Sequence[dict[str, str]] | None = None
+) -> JSONResponse:
+    """Return the answer for an error of the service."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return _response(error.status, error.problem, error.title, error.detail, headers, errors)
+
+
+def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI entries of the errors that a route may answer with."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for error in errors:
+        entry = described.setdefault(
+            int(error.status), {"content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
+        )
+        summary = f"`{_TYPE_PREFIX}{error.problem}`: {error.title}"
+        entry["description"] = "; ".join(filter(None, [entry.get("description"), summary]))
+    return described
+
+
+def _response(
+    status: int,
+    problem: str,
+    title: str,
+    detail: str,
+    headers: dict[str, str],
+    errors: Sequence[dict[str, str]] | None = None,
+) -> JSONResponse:
+    content: dict[str, Any] = {
+        "type": _TYPE_PREFIX + problem,
+        "title": title,
+        "status": int(status),
+        "detail": detail,
+    }
+    if errors:
+        content["errors"] = list(errors)
+    return JSONResponse(content, status, headers, MEDIA_TYPE)
+
+
+async def _service_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return problem_response(error)
+
+
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    errors = [_described(e) for e in found[:_MAX_ERRORS]]
+    first = errors[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    detail = f"{first['field']}: {first['reason']}{more}"
+    return problem_response(InvalidRequestError(detail), errors)
+
+
+def _described(error: Mapping[str, Any]) -> dict[str, str]:
+    if error["type"] == "json_invalid":
+        reason = f"not valid JSON at character {error['loc'][-1]}: {error['ctx']['error']}"
+        return {"field": "body", "reason": reason}
+    return {"field": _field(error["loc"]), "reason": error["msg"].removeprefix("Value error, ")}
+
+
+def _field(location: Sequence[int | str]) -> str:
+    """Return the path of a field: `candidates.3`, or `body` for the whole."""
+    named = [str(part) for part in location if part not in ("body", "one", "many")]
+    return ".".join(named) or "body"
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    title = HTTPStatus(error.status_code).phrase
+    return _response(
+        error.status_code,
+        title.lower().replace(" ", "-"),
+        title,
+        str(error.detail),
+        dict(error.headers or {}),
+    )
+
+
+async def _unexpected_error(_: Request, error: Exception) -> JSONResponse:
+    # Starlette logs the traceback; the client learns no more than that it was not its fault.
+    return problem_response(ServiceError(f"unexpected {type(error).__name__}"))

@@ -1,0 +1,196 @@
+"""The JSON of requests and answers, with examples for the OpenAPI page."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from contract.errors import RecordError
+from contract.records import (
+    MAX_ITEM,
+    MAX_TIME,
+    MAX_USER_ID_BYTES,
+    MIN_ITEM,
+    MIN_TIME,
+    check_user_id,
+)
+
+MAX_CANDIDATES = 1000
+MAX_INLINE_BEHAVIORS = 10_000
+MAX_EVENTS = 1000
+
+
+def _user_id(value: Any) -> Any:
+    # An integer is taken as its decimal string; bool is an int to Python, but no user id.
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        try:
+            check_user_id(value)
+        except RecordError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+UserId = Annotated[
+    str,
+    BeforeValidator(_user_id, json_schema_input_type=str | int),
+    Field(
+        strict=True,
+        description=f"1 to {MAX_USER_ID_BYTES} bytes; an integer is taken as its decimal string.",
+        examples=["4711"],
+    ),
+]
+ItemId = Annotated[
+    int,
+    Field(strict=True, ge=MIN_ITEM, le=MAX_ITEM, description="The shop's own id of an item."),
+]
+UnixTime = Annotated[int, Field(strict=True, ge=MIN_TIME, le=MAX_TIME, description="Unix seconds.")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Behavior(_Body):
+    """One thing that a user did."""
+
+    item_id: ItemId
+    time: UnixTime
+
+
+class ScoreBody(_Body):
+    """Candidates to be scored for a user."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"user_id": "4711", "candidates": [1193, 661, 914]},
+                {
+                    "user_id": "4711",
+                    "candidates": [1193, 661],
+                    "ranking_time": 978300760,
+                    "history": [{"item_id": 3186, "time": 978300019}],
+                },
+            ]
+        },
+    )
+
+    user_id: UserId
+    candidates: Annotated[
+        list[ItemId],
+        Field(
+            min_length=1,
+            max_length=MAX_CANDIDATES,
+            description="Scored in this order; an item that stands twice is scored twice.",
+        ),
+    ]
+    ranking_time: Annotated[
+        UnixTime | None,
+        Field(description="Moment from which elapsed time is measured back; now unless said."),
+    ] = None
+    history: Annotated[
+        list[Behavior] | None,
+        Field(
+            max_length=MAX_INLINE_BEHAVIORS,
+            description="Oldest first; read from the history store unless given.",
+        ),
+    ] = None
+
+
+class ScoreAnswer(BaseModel):
+    """Scores in the order asked."""
+
+    scores: list[float]
+    score_kind: Literal["probability", "affinity"]
+    model: str
+    version: str
+    history_length: Annotated[int, Field(description="Behaviors that the model has read.")]
+    unknown_candidates: Annotated[
+        int, Field(description="Candidates outside of the model's catalogue.")
+    ]
+    degraded: Annotated[
+        bool, Field(description="Scored without the stored history: the store was away.")
+    ]
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "scores": [0.81, 0.07, 0.33],
+                    "score_kind": "probability",
+                    "model": "imn-3p-plus",
+                    "version": "imn-3p-plus-0f3a9c1d2e4b",
+                    "history_length": 52,
+                    "unknown_candidates": 0,
+                    "degraded": False,
+                }
+            ]
+        }
+    )
+
+
+class Event(_Body):
+    """One behavior of one user."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"user_id": "4711", "item_id": 1193, "time": 978300760}]},
+    )
+
+    user_id: UserId
+    item_id: ItemId
+    time: Annotated[UnixTime | None, Field(description="When it happened; now unless said.")] = None
+
+
+class EventBatch(_Body):
+    """Behaviors of any users, each user's oldest first."""
+
+    events: Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+def _kind(body: Any) -> str:
+    return "many" if isinstance(body, dict) and "events" in body else "one"
+
+
+EventsBody = Annotated[
+    Annotated[Event, Tag("one")] | Annotated[EventBatch, Tag("many")], Discriminator(_kind)
+]
+
+
+class EventsAnswer(BaseModel):
+    """What became of the posted behaviors."""
+
+    appended: Annotated[int, Field(description="Behaviors that are new in the histories.")]
+    duplicates: Annotated[
+        int, Field(description="Behaviors that stood there already, and were left out.")
+    ]
+
+
+class ModelInfo(BaseModel):
+    """One model that is served."""
+
+    model: str
+    version: str
+    score_kind: Literal["probability", "affinity"]
+    history_length: int
+    items: int
+    metrics: dict[str, float]
+
+
+class Models(BaseModel):
+    """All models that are served."""
+
+    models: list[ModelInfo]
+
+
+class Problem(BaseModel):
+    """An error as of RFC 9457."""
+
+    type: Annotated[str, Field(examples=["urn:mneme:problem:invalid-request"])]
+    title: str
+    status: int
+    detail: str
+    errors: list[dict[str, str]] | None = None

@@ -1,0 +1,103 @@
+"""The settings of the service, from environment variables and flags; flags win.
+
+Every field `name` is the variable `MNEME_NAME` and the flag `--name` (with dashes);
+`REDIS_URL` is read too.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "MNEME_"
+
+
+class SettingsError(ValueError):
+    """A setting that is missing, unknown or not allowed."""
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can choose; the defaults serve one machine."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True
+    )
+
+    bundle: Path = Field(description="Folder of the bundle to serve.")
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0",
+        validation_alias=AliasChoices("redis_url", "MNEME_REDIS_URL", "REDIS_URL"),
+        description="Redis with the histories.",
+    )
+    key_prefix: Annotated[str, Field(min_length=1)] = Field(
+        default="history", description="Histories stand under <key_prefix>:<user id>."
+    )
+    redis_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=0.25, description="Seconds after which Redis counts as away."
+    )
+    on_redis_failure: Literal["refuse", "cold"] = Field(
+        default="refuse",
+        description="Answer 503, or score with an empty history and say `degraded`.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8000, description="Port to listen on."
+    )
+    provider: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="Where the model runs; the service refuses to start when it cannot run there.",
+    )
+    threads: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="onnxruntime's threads on the CPU; 0 is one for each core."
+    )
+    deadline_s: Annotated[float, Field(gt=0)] = Field(
+        default=0.03,
+        description="Seconds within which scoring must have begun, unless X-Deadline-Ms says else.",
+    )
+    max_batch_work: Annotated[int, Field(ge=1)] = Field(
+        default=3_200_000, description="Largest batch: requests x candidates x history length."
+    )
+    max_queue_work: Annotated[int, Field(ge=1)] = Field(
+        default=64_000_000, description="Work that may wait before requests are answered 429."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=262_144, description="Largest request body; larger ones are answered 413."
+    )
+    max_clock_skew_s: Annotated[int, Field(ge=0)] = Field(
+        default=86_400, description="How far in the future an event may lie."
+    )
+
+
+def read_settings(flags: Mapping[str, str]) -> Settings:
+    """Return settings from flags and the environment; SettingsError names what is wrong."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise SettingsError(
+            f"unknown environment variables {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads the strings
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+        )
+        raise SettingsError(reasons) from error
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """Give `parser` a flag for each setting (or those named)."""
+    for name, field in Settings.model_fields.items():
+        if names is None or name in names:
+            parser.add_argument(
+                f"--{name.replace('_', '-')}",
+                dest=name,
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=(field.description or "").replace("%", "%%"),
+            )

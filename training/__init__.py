@@ -1,0 +1,1 @@
+"""Behavior logs to samples, models, checkpoints, metrics and reports."""

@@ -1,0 +1,161 @@
+"""`python -m training prepare | train | evaluate`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from contract.errors import ContractError
+from training.checkpoint import load_model
+from training.config import RunConfig, load_config
+from training.data.click_data import open_click_data
+from training.data.log import PreparedLog
+from training.data.prepare import PrepareOptions, prepare
+from training.data.readers import FORMATS, LogSource
+from training.data.splits import Part
+from training.distributed import join_workers
+from training.errors import ConfigError, TrainingError
+from training.evaluation import evaluate
+from training.trainer import MODEL, train
+
+NAMED_RUNS = Path(__file__).parent / "runs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code. Errors of the user end in one clear line."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except (TrainingError, ContractError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    one = commands.add_parser("prepare", help="a behavior log to a prepared log")
+    one.add_argument("log", type=Path, help="ratings.dat, a CSV, a Parquet file or folder")
+    one.add_argument("target", type=Path, help="folder to write; must not exist")
+    one.add_argument("--format", choices=FORMATS, help="of the log, guessed unless said")
+    one.add_argument("--min-interactions", type=int, default=1, metavar="K", help="k of the k-core")
+    one.add_argument(
+        "--behaviors",
+        choices=("positives", "all"),
+        default="positives",
+        help="rows of a labelled log that are behaviors",
+    )
+    one.add_argument("--label-threshold", type=float, default=4.0, help="MovieLens: a positive")
+    one.add_argument("--time-unit", choices=("s", "ms"), default="s", help="of the timestamps")
+    one.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="the log's name for user, item, time, label, category or order",
+    )
+    one.add_argument("--drop-invalid", action="store_true", help="leave out rows without meaning")
+    one.set_defaults(run=_prepare)
+
+    one = commands.add_parser("train", help="a prepared log to a model")
+    one.add_argument("config", help="a run file, or the name of one in training/runs")
+    one.add_argument("log", type=Path, help="a prepared log")
+    one.add_argument("run_folder", type=Path)
+    one.add_argument("--resume", action="store_true", help="go on where the run was stopped")
+    one.add_argument("--no-progress", action="store_true")
+    one.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="replace one setting, such as train.seed=2",
+    )
+    one.set_defaults(run=_train)
+
+    one = commands.add_parser("evaluate", help="metrics of a trained model on a part of a log")
+    one.add_argument("model", type=Path, help="model.pt of a run folder")
+    one.add_argument("log", type=Path, help="the prepared log it was trained on")
+    one.add_argument("--part", choices=[part.name.lower() for part in Part], default="test")
+    one.set_defaults(run=_evaluate)
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    columns = dict(pair.partition("=")[::2] for pair in options.column)
+    report = prepare(
+        LogSource(
+            path=options.log,
+            format=options.format,
+            columns=columns,
+            label_threshold=options.label_threshold,
+            time_unit=options.time_unit,
+        ),
+        options.target,
+        PrepareOptions(
+            min_interactions=options.min_interactions,
+            behaviors=options.behaviors,
+            drop_invalid=options.drop_invalid,
+        ),
+    )
+    header = report.header
+    print(
+        f"{options.target}: {header.n_users:,} users, {header.n_items:,} items, "
+        f"{header.n_behaviors:,} behaviors, {header.n_impressions:,} labelled impressions"
+        + (f"; {report.n_dropped:,} invalid rows left out" if report.n_dropped else "")
+    )
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _config(options.config, tuple(options.overrides))
+    log = PreparedLog(options.log)
+    with join_workers() as worker:
+        trained = train(
+            config,
+            log,
+            options.run_folder,
+            worker,
+            resume=options.resume,
+            show_progress=not options.no_progress,
+        )
+        if worker.is_first:
+            _print_metrics(f"{config.name}, test", trained.metrics)
+            print(f"model: {options.run_folder / MODEL}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    trained = load_model(options.model)
+    log = PreparedLog(options.log)
+    if log.header.fingerprint != trained.data_fingerprint:
+        raise ConfigError(f"{options.model} was trained on another log than {options.log}")
+    data = open_click_data(log, trained.config)
+    loader = data.loaders[Part[options.part.upper()]]
+    evaluation = evaluate(trained.model, trained.score_kind, loader, torch.device("cpu"))
+    name = f"{trained.config.name}, {options.part}"
+    _print_metrics(name, evaluation.metrics(trained.score_kind))
+    return 0
+
+
+def _config(name: str, overrides: tuple[str, ...]) -> RunConfig:
+    path = Path(name)
+    if not path.suffix:
+        path = NAMED_RUNS / f"{name}.toml"
+        if not path.exists():
+            known = ", ".join(sorted(run.stem for run in NAMED_RUNS.glob("*.toml")))
+            raise ConfigError(f"no run named {name!r}; expected a .toml file or one of {known}")
+    return load_config(path, overrides)
+
+
+def _print_metrics(title: str, metrics: dict[str, float]) -> None:
+    print(title)
+    for name, value in metrics.items():
+        print(f"  {name:28s}{value:,.0f}" if name == "n_samples" else f"  {name:28s}{value:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Logs to click samples: read, prepare, split, sample, gather."""

@@ -1,0 +1,190 @@
+"""Batches of click samples, gathered with vectorised slices of the memory-mapped log.
+
+Shapes: B moments, C candidates, L history length, G granularities.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contract.catalogue import UNKNOWN_ROW, Catalogue
+from contract.encoding import ModelInputs, history_buckets
+from contract.features import FeatureSpec
+from contract.records import PADDING_ITEM
+from training.data.log import PreparedLog
+from training.data.negatives import NegativeSampler
+from training.data.samples import Moments
+
+# Moments are sorted by history length within windows of so many batches: a batch of short
+# histories is then as narrow as its longest one, and batches still come in random order.
+_WINDOW_BATCHES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClickBatch:
+    """One batch: model inputs, float32 `labels` [B, C] and the bool `mask` [B, C] of real samples.
+
+    `users` int32 [B]. `probabilities` float32 [B, C] in synthetic logs. `n_samples`: samples of
+    the whole batch, over all processes that share it.
+    """
+
+    inputs: ModelInputs
+    labels: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    users: NDArray[np.int32]
+    probabilities: NDArray[np.float32] | None
+    n_samples: int
+
+
+class ClickLoader:
+    """Gathers batches of `batch_size` moments.
+
+    `negatives`: draws `n_negatives` items beside each moment's candidates. `unknown_rate`: share
+    of behaviors and candidates that are shown to the model as the unknown item, so that its row
+    is trained. Everything random depends on `seed`, epoch and batch number alone: a loader that
+    starts in the middle of an epoch goes on exactly as one that was never stopped.
+    """
+
+    def __init__(
+        self,
+        log: PreparedLog,
+        moments: Moments,
+        catalogue: Catalogue,
+        spec: FeatureSpec,
+        *,
+        batch_size: int,
+        seed: int,
+        negatives: NegativeSampler | None = None,
+        n_negatives: int = 0,
+        unknown_rate: float = 0.0,
+    ) -> None:
+        self._log = log
+        self._moments = moments
+        self._catalogue = catalogue
+        self._spec = spec
+        self._batch_size = batch_size
+        self._seed = seed
+        self._negatives = negatives
+        self._n_negatives = n_negatives if negatives is not None else 0
+        self._unknown_rate = unknown_rate
+
+    @property
+    def n_batches(self) -> int:
+        """Batches in one epoch."""
+        return -(-len(self._moments) // self._batch_size)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in one epoch: candidates with a label, sampled negatives included."""
+        return len(self._moments.labels) + len(self._moments) * self._n_negatives
+
+    def epoch(
+        self,
+        epoch: int,
+        *,
+        shuffle: bool,
+        first_batch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[ClickBatch]:
+        """Yield the batches of one epoch from `first_batch` on; of each, the rows of `rank`."""
+        batches = self._batches(epoch, shuffle=shuffle)
+        for number in range(first_batch, len(batches)):
+            rng = np.random.default_rng([self._seed, epoch, number])
+            yield self._gather(batches[number], rng, rank, world_size)
+
+    def _batches(self, epoch: int, *, shuffle: bool) -> list[NDArray[np.int64]]:
+        order = np.arange(len(self._moments))
+        lengths = self._moments.ends - self._moments.starts
+        if not shuffle:
+            # Full windows would only cost memory here: sorting all by length is cheapest.
+            order = np.argsort(lengths, kind="stable")
+            return np.array_split(order, range(self._batch_size, len(order), self._batch_size))
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(order)
+        batches: list[NDArray[np.int64]] = []
+        for start in range(0, len(order), self._batch_size * _WINDOW_BATCHES):
+            window = order[start : start + self._batch_size * _WINDOW_BATCHES]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            batches += np.array_split(
+                window, range(self._batch_size, len(window), self._batch_size)
+            )
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _gather(
+        self, chosen: NDArray[np.int64], rng: np.random.Generator, rank: int, world_size: int
+    ) -> ClickBatch:
+        items_BC, labels_BC, probabilities_BC = self._candidates(chosen, rng)
+        n_samples = int((items_BC != PADDING_ITEM).sum())
+        hidden_BC = rng.random(items_BC.shape) < self._unknown_rate
+        behavior_seed = rng.integers(1 << 62, dtype=np.uint64)
+        mine = slice(rank, None, world_size)
+        chosen, items_BC, labels_BC = chosen[mine], items_BC[mine], labels_BC[mine]
+        mask_BC = items_BC != PADDING_ITEM
+        candidate_rows_BC = self._catalogue.rows(items_BC)
+        candidate_rows_BC[hidden_BC[mine] & mask_BC] = UNKNOWN_ROW
+        history_rows_BL, buckets_BLG = self._histories(chosen, behavior_seed)
+        return ClickBatch(
+            inputs=ModelInputs(
+                history_items=history_rows_BL,
+                history_buckets=buckets_BLG,
+                candidate_items=candidate_rows_BC,
+            ),
+            labels=labels_BC,
+            mask=mask_BC,
+            users=self._moments.users[chosen],
+            probabilities=None if probabilities_BC is None else probabilities_BC[mine],
+            n_samples=n_samples,
+        )
+
+    def _candidates(
+        self, chosen: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
+        moments = self._moments
+        first_B = moments.candidate_offsets[chosen]
+        n_candidates_B = moments.candidate_offsets[chosen + 1] - first_B
+        columns_C = np.arange(n_candidates_B.max())
+        real_BC = columns_C < n_candidates_B[:, None]
+        index_BC = np.where(real_BC, first_B[:, None] + columns_C, first_B[:, None])
+        items_BC = np.where(real_BC, moments.candidate_items[index_BC], PADDING_ITEM)
+        labels_BC = np.where(real_BC, moments.labels[index_BC], 0).astype(np.float32)
+        if self._negatives is not None:
+            drawn_BN = self._negatives.draw(
+                moments.users[chosen], moments.times[chosen], self._n_negatives, rng
+            )
+            items_BC = np.concatenate([items_BC, drawn_BN], axis=1)
+            labels_BC = np.pad(labels_BC, ((0, 0), (0, drawn_BN.shape[1])))
+        probabilities_BC = (
+            None if moments.probabilities is None else moments.probabilities[index_BC]
+        )
+        return items_BC, labels_BC, probabilities_BC
+
+    def _histories(
+        self, chosen: NDArray[np.int64], behavior_seed: np.uint64
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        starts_B, ends_B = self._moments.starts[chosen], self._moments.ends[chosen]
+        longest = int((ends_B - starts_B).max()) if len(chosen) else 0
+        length = max(1, min(self._spec.history_length, longest))
+        index_BL = ends_B[:, None] + np.arange(-length, 0)
+        valid_BL = index_BL >= starts_B[:, None]
+        if not len(self._log.behaviors):
+            rows_BL = np.zeros(index_BL.shape, dtype=np.int64)
+            return rows_BL, np.zeros((*rows_BL.shape, len(self._spec.granularities)), np.int64)
+        records_BL = self._log.behaviors.take(index_BL, mode="clip")
+        rows_BL = self._catalogue.rows(np.where(valid_BL, records_BL["item"], PADDING_ITEM))
+        if self._unknown_rate:
+            hidden_BL = _hash_uniform(index_BL, behavior_seed) < self._unknown_rate
+            rows_BL[hidden_BL & valid_BL] = UNKNOWN_ROW
+        buckets_BLG = history_buckets(
+            records_BL["time"], valid_BL, self._moments.times[chosen], self._spec
+        )
+        return rows_BL, buckets_BLG
+
+
+def _hash_uniform(index: NDArray[np.int64], seed: np.uint64) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each index: the same in every process that shares a batch."""
+    bits = (index.astype(np.uint64) ^ seed) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,72 @@
+"""Which part of a log each of its rows belongs to: training, validation or test."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data.log import PreparedLog
+from training.errors import TrainingError
+
+SplitName = Literal["time", "leave-one-out"]
+
+
+class Part(IntEnum):
+    """The parts of a split, as stored in its int8 arrays."""
+
+    TRAIN = 0
+    VALID = 1
+    TEST = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The part of every behavior and every impression, int8 (`Part`)."""
+
+    behaviors: NDArray[np.int8]
+    impressions: NDArray[np.int8]
+
+
+def split_by_time(log: PreparedLog, *, test_fraction: float, valid_fraction: float) -> Split:
+    """Split at two moments: the newest `test_fraction` of the rows are the test part (IMN: 0.2),
+    the newest `valid_fraction` of the rest are the validation part.
+
+    The rows are the impressions of a labelled log, the behaviors of any other. All rows of one
+    second fall into one part; behaviors of a labelled log are split at the same two moments.
+    """
+    behavior_times = log.behaviors["time"]
+    impression_times = log.impressions["time"]
+    times = np.sort(impression_times if len(impression_times) else behavior_times)
+    n_before_test = int(len(times) * (1 - test_fraction))
+    n_train = int(n_before_test * (1 - valid_fraction))
+    if not 0 < n_train < n_before_test < len(times):
+        raise TrainingError(
+            f"{len(times)} rows cannot be split with test_fraction={test_fraction} and "
+            f"valid_fraction={valid_fraction}: a part would be empty"
+        )
+    boundaries = np.array([times[n_train], times[n_before_test]])
+    if times[0] == boundaries[0] or boundaries[0] == boundaries[1]:
+        raise TrainingError("the log has too few different times to be split by time")
+
+    def parts(row_times: NDArray[np.uint32]) -> NDArray[np.int8]:
+        return np.searchsorted(boundaries, row_times, side="right").astype(np.int8)
+
+    return Split(behaviors=parts(behavior_times), impressions=parts(impression_times))
+
+
+def leave_one_out(log: PreparedLog) -> Split:
+    """Split off each user's last behavior as test and the last but one as validation.
+
+    Users with fewer than three behaviors stay in the training part whole. Impressions have no
+    part in this split: they all count as training.
+    """
+    parts = np.full(log.header.n_behaviors, Part.TRAIN, dtype=np.int8)
+    ends = log.behavior_offsets[1:][np.diff(log.behavior_offsets) >= 3]
+    parts[ends - 1] = Part.TEST
+    parts[ends - 2] = Part.VALID
+    return Split(
+        behaviors=parts,
+        impressions=np.full(log.header.n_impressions, Part.TRAIN, dtype=np.int8),
+    )

@@ -1,0 +1,85 @@
+"""Embeddings that every click model shares: items, time buckets, positions.
+
+Shapes: B requests, C candidates, L history length, D embedding width, G time granularities.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from contract.catalogue import PADDING_ROW
+from contract.features import FeatureSpec
+
+# Small enough that a sum over a thousand behaviors starts within the gates' linear range.
+EMBEDDING_STD = 0.02
+
+
+class ItemEncoder(nn.Module):
+    """Item embedding, plus the embedding of the item's category where the log has one.
+
+    `category_of_row`: int64 [n_rows], the category row of each catalogue row, 0 for none; None
+    leaves categories out. They stand in the graph, so that a request sends item ids only.
+    """
+
+    category_of_row: Tensor
+
+    def __init__(
+        self, n_rows: int, embedding_dim: int, category_of_row: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.items = _table(n_rows, embedding_dim, padding_idx=PADDING_ROW)
+        self.categories: nn.Embedding | None = None
+        if category_of_row is not None:
+            if category_of_row.shape != (n_rows,):
+                raise ValueError(
+                    f"category_of_row must have one entry for each of {n_rows} rows, "
+                    f"got shape {tuple(category_of_row.shape)}"
+                )
+            n_categories = int(category_of_row.max()) + 1
+            self.categories = _table(n_categories, embedding_dim, padding_idx=0)
+            self.register_buffer("category_of_row", category_of_row)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return embeddings [..., D] of catalogue rows [...]; exactly 0 for padding."""
+        embedded: Tensor = self.items(rows)
+        if self.categories is not None:
+            embedded = embedded + self.categories(self.category_of_row[rows])
+        return embedded
+
+
+class HistoryEncoder(nn.Module):
+    """e_j = item + time buckets + position of behavior j, exactly 0 for padding (IMN, section 3.1).
+
+    The items' table belongs to the caller, which embeds the candidates with it too.
+    """
+
+    def __init__(self, spec: FeatureSpec, embedding_dim: int) -> None:
+        super().__init__()
+        self.history_length = spec.history_length
+        # Rows oldest first: a shorter history takes the last ones, so that a behavior keeps its
+        # position however long the row is that it stands in.
+        self.positions = _table(spec.history_length, embedding_dim)
+        self.buckets = nn.ModuleList(
+            _table(granularity.n_buckets, embedding_dim) for granularity in spec.granularities
+        )
+
+    def forward(
+        self, items: ItemEncoder, history_items_BL: Tensor, history_buckets_BLG: Tensor
+    ) -> Tensor:
+        """Return the encoded history [B, L, D]."""
+        length = history_items_BL.shape[1]
+        positions_L = torch.arange(length, device=history_items_BL.device) + (
+            self.history_length - length
+        )
+        encoded_BLD: Tensor = items(history_items_BL) + self.positions(positions_L)
+        for g, table in enumerate(self.buckets):
+            encoded_BLD = encoded_BLD + table(history_buckets_BLG[:, :, g])
+        return encoded_BLD * (history_items_BL != PADDING_ROW).unsqueeze(-1)
+
+
+def _table(n_rows: int, embedding_dim: int, padding_idx: int | None = None) -> nn.Embedding:
+    table = nn.Embedding(n_rows, embedding_dim, padding_idx=padding_idx)
+    nn.init.normal_(table.weight, std=EMBEDDING_STD)
+    if padding_idx is not None:
+        with torch.no_grad():
+            table.weight[padding_idx].zero_()
+    return table
