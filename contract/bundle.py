@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from contract.catalogue import Catalogue
-from contract.errors import BundleError, ContractError
+from contract.errors import BundleError
 from contract.features import FeatureSpec
 
 FORMAT_VERSION = 1
@@ -133,7 +133,7 @@ def read_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     try:
         item_ids = np.load(folder / CATALOGUE, allow_pickle=False)
         catalogue = Catalogue(item_ids)
-    except (OSError, ValueError, ContractError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise BundleError(f"bundle {folder}: {CATALOGUE}: {error}") from error
     if len(catalogue) != manifest.n_items:
         raise BundleError(

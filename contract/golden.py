@@ -38,7 +38,7 @@ class GoldenRows:
     def load(cls, path: Path) -> "GoldenRows":
         """Read rows written by `save`; raises BundleError that names the file otherwise."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 records = arrays["records"].tobytes()
                 lengths = arrays["lengths_bytes"]
                 rows = cls(
@@ -47,7 +47,7 @@ class GoldenRows:
                     candidates=arrays["candidates"],
                     scores=arrays["scores"],
                 )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path.name}: not readable as golden rows: {error}") from error
         n = len(rows.histories)
         if rows.candidates.ndim != 2 or rows.scores.shape != rows.candidates.shape:

@@ -118,7 +118,7 @@ def _map(
 def _offsets(path: Path, n_runs: int, total: int) -> NDArray[np.int64]:
     try:
         offsets = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise HistoryLogError(f"{path} is not readable: {error}") from error
     if (
         offsets.dtype != np.int64

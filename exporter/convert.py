@@ -23,9 +23,10 @@ def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
 
     Raises ExportError when torch cannot convert the model.
     """
-    batch = torch.export.Dim("B", min=1)
-    length = torch.export.Dim("L", min=1, max=spec.history_length)
-    candidates = torch.export.Dim("C", min=1)
+    batch, candidates = torch.export.Dim("B", min=1), torch.export.Dim("C", min=1)
+    history = {0: batch}
+    if spec.history_length > 1:  # torch knows no dynamic axis of one size
+        history[1] = torch.export.Dim("L", min=1, max=spec.history_length)
     n_bytes = sum(t.nbytes for t in scorer.state_dict().values())
     try:
         with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"):
@@ -39,11 +40,7 @@ def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
                 output_names=[OUTPUT_NAME],
                 opset_version=OPSET,
                 verbose=False,
-                dynamic_shapes=(
-                    {0: batch, 1: length} if spec.history_length > 1 else {0: batch},
-                    {0: batch, 1: length} if spec.history_length > 1 else {0: batch},
-                    {0: batch, 1: candidates},
-                ),
+                dynamic_shapes=(history, history, {0: batch, 1: candidates}),
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"torch cannot export {type(scorer).__name__}: {error}") from error

@@ -72,9 +72,11 @@ def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
             raise RedisServerError(f"redis-server ended with status {process.returncode}")
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
-                connection.sendall(b"PING\r\n")
-                if connection.recv(16).startswith(b"+PONG"):
+                connection.sendall(b"INFO server\r\n")
+                # Another Redis on this port would answer too: only the child's own answer counts.
+                if f"process_id:{process.pid}\r\n".encode() in connection.recv(1 << 16):
                     return
         except OSError:
-            time.sleep(0.02)
+            pass
+        time.sleep(0.02)
     raise RedisServerError(f"redis-server did not answer within {_START_TIMEOUT_S:.0f} s")

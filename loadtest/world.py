@@ -1,11 +1,11 @@
 """A synthetic world: people whose true click probabilities are known.
 
 People have long interests (a few topics each, over hundreds of behaviors) and *combinations*: a
-target item that is likely only when two other items, its ingredients, both stand somewhere in the
-history, far apart (rum and lime make peppermint likely). A target has several recipes, and only
-ingredients of one recipe go together: what matters is a relation between two behaviors, which
-the target alone does not give away. Ingredients of a broken combination appear as often as those
-of a whole one, so that counting them tells nothing.
+target item that is likely only when two other items both stand somewhere in the history, far
+apart (rum and lime make peppermint likely). A target has several recipes of a base and an accent.
+A person has met one base, and accents of several recipes; only the accent that goes with that very
+base completes the target. So which behavior matters is told by another behavior, not by the
+target alone.
 
 The log it writes is an ordinary one: `user_id, item_id, timestamp, label`, where organic behaviors
 carry no label, and `click_probability`, the truth, of every labelled row. The world itself is kept
@@ -14,6 +14,9 @@ in a file, for simulations that need to know what its people would do.
 Shapes: U users, N items, K topics, T targets, R recipes a target, C candidates.
 """
 
+import tokenize
+import zipfile
+import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -24,10 +27,22 @@ from numpy.typing import NDArray
 
 _START_S = 1_600_000_000
 _MAX_ITEM_ID = 1 << 40
+_ACCENT_RATE = 0.5
+
+
+_LEAST = {
+    "users": 1, "topics": 1, "targets": 1, "recipes": 1, "history_length": 1, "visits": 1,
+    "candidates": 1, "history_days": 1, "visit_days": 1, "seed": 0,
+}  # fmt: skip
+# What numpy raises, one way or another, for a file that is damaged.
+_DAMAGED = (
+    OSError, EOFError, ValueError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    tokenize.TokenError,
+)  # fmt: skip
 
 
 class Combination(IntEnum):
-    """What a person's history holds of a target's ingredients."""
+    """A person's base of a target is missing, lacks its accent, or stands beside it."""
 
     ABSENT = 0
     BROKEN = 1
@@ -41,37 +56,27 @@ class WorldSettings:
     `history_length`: organic behaviors of a person before the first visit. `visits` of
     `candidates` items each follow, `targets_per_visit` of them targets; a person is shown each
     target at most once. `history_days`, `visit_days`: how long both phases last. `recipes`: of
-    each target; with one, a broken combination lacks an ingredient, with more it may also mix
-    two recipes. `memory`: ingredients lie within so many newest organic behaviors.
+    each target. `memory`: ingredients lie within so many newest organic behaviors.
     """
 
     users: int = 2000
     items: int = 2000
     topics: int = 20
-    targets: int = 24
+    targets: int = 12
     recipes: int = 2
     history_length: int = 1000
     memory: int = 900
     visits: int = 6
     candidates: int = 8
-    targets_per_visit: int = 4
+    targets_per_visit: int = 2
     history_days: int = 180
     visit_days: int = 30
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in (
-            "users",
-            "topics",
-            "recipes",
-            "history_length",
-            "visits",
-            "candidates",
-            "history_days",
-            "visit_days",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.targets_per_visit <= self.candidates:
             raise ValueError(
                 f"targets_per_visit must be within 0 .. candidates ({self.candidates}), "
@@ -88,10 +93,11 @@ class WorldSettings:
                 f"items must be at least {n_special + self.topics} for {self.targets} targets with "
                 f"their ingredients and {self.topics} topics, got {self.items}"
             )
-        if not 2 * self.targets <= self.memory <= self.history_length:
+        n_ingredients = self.targets * (1 + self.recipes)
+        if not n_ingredients <= self.memory <= self.history_length:
             raise ValueError(
-                f"memory must be within {2 * self.targets} (two ingredients a target) .. "
-                f"history_length ({self.history_length}), got {self.memory}"
+                f"memory must be within {n_ingredients} (a base and {self.recipes} accents a "
+                f"target) .. history_length ({self.history_length}), got {self.memory}"
             )
 
 
@@ -102,7 +108,7 @@ class World:
     Item indices: targets first (0 .. T-1), then ingredients, then ordinary items.
     `item_ids` int64 [N]; `topics` int64 [N], -1 for special items; `popularity` float64 [N] within
     the topic; `appeals` float64 [N], what an item adds to the log-odds of a click.
-    `ingredients` int64 [T, R, 2]; `interests` float64 [U, K], rows add up to 1;
+    `ingredients` int64 [T, R, 2], base and accent; `interests` float64 [U, K], rows add up to 1;
     `combinations` int8 [U, T] (`Combination`).
     """
 
@@ -140,9 +146,9 @@ class World:
     def load(cls, path: Path) -> "World":
         """Read what `save` wrote; raises ValueError that names the file otherwise."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(**{name: arrays[name] for name in arrays.files})
-        except (OSError, ValueError, TypeError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{path}: not a world: {error}") from error
 
 
@@ -166,7 +172,7 @@ def make_world(settings: WorldSettings) -> World:
     weights = rng.dirichlet(np.full(favourites.shape[1], 2.0), size=settings.users)
     np.put_along_axis(interests, favourites, weights, axis=1)
     states = [Combination.ABSENT, Combination.BROKEN, Combination.WHOLE]
-    combinations = rng.choice(states, p=[0.1, 0.5, 0.4], size=(settings.users, n_targets))
+    combinations = rng.choice(states, p=[0.2, 0.4, 0.4], size=(settings.users, n_targets))
     return World(
         item_ids=item_ids,
         topics=topics,
@@ -200,13 +206,12 @@ def _organic(world: World, settings: WorldSettings) -> pl.DataFrame:
         weights = world.popularity[members]
         items_UL[chosen] = rng.choice(members, size=int(chosen.sum()), p=weights / weights.sum())
 
-    places_UX = rng.random((n_users, settings.memory)).argsort(axis=1)[:, : 2 * settings.targets]
-    places_UT2 = (length - settings.memory + places_UX).reshape(n_users, settings.targets, 2)
-    present_UT = world.combinations != Combination.ABSENT
-    users = np.broadcast_to(np.arange(n_users)[:, None, None], places_UT2.shape)
-    items_UL[users[present_UT], places_UT2[present_UT]] = _ingredients(world, settings, rng)[
-        present_UT
-    ]
+    ingredients, met = _met_ingredients(world, settings, rng)
+    n_places = settings.targets * (1 + settings.recipes)
+    places = rng.random((n_users, settings.memory)).argsort(axis=1)[:, :n_places]
+    places = (length - settings.memory + places).reshape(ingredients.shape)
+    users = np.broadcast_to(np.arange(n_users)[:, None, None], met.shape)
+    items_UL[users[met], places[met]] = ingredients[met]
     span_s = settings.history_days * 86_400
     times_UL = _START_S + np.sort(rng.integers(span_s, size=items_UL.shape), axis=1)
     return _frame(
@@ -214,30 +219,24 @@ def _organic(world: World, settings: WorldSettings) -> pl.DataFrame:
     )
 
 
-def _ingredients(
+def _met_ingredients(
     world: World, settings: WorldSettings, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Return the two ingredients [U, T, 2] that each person met of each target's recipes."""
-    shape = world.combinations.shape
-    targets_T = np.arange(settings.targets)
-    recipe_UT = rng.integers(settings.recipes, size=shape)
-    first_UT = world.ingredients[targets_T, recipe_UT, 0]
-    second_UT = world.ingredients[targets_T, recipe_UT, 1]
-    # A broken pair: one ingredient twice, or two of different recipes.
-    other_UT = (
-        recipe_UT + rng.integers(1, max(2, settings.recipes), size=shape)
-    ) % settings.recipes
-    mixed_UT = world.ingredients[targets_T, other_UT, 1]
-    is_mixed_UT = (rng.random(shape) < 0.5) & (settings.recipes > 1)
-    is_first_UT = rng.random(shape) < 0.5
-    twice_UT = np.where(is_first_UT, first_UT, second_UT)
-    broken_UT = world.combinations == Combination.BROKEN
-    return np.stack(
-        [
-            np.where(broken_UT & ~is_mixed_UT, twice_UT, first_UT),
-            np.where(broken_UT, np.where(is_mixed_UT, mixed_UT, twice_UT), second_UT),
-        ],
-        axis=2,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return ingredients [U, T, 1 + R] (a base, the accents) and which of them were met."""
+    n_users, n_targets = world.combinations.shape
+    recipe_UT = rng.integers(settings.recipes, size=(n_users, n_targets))
+    base_UT = world.ingredients[np.arange(n_targets), recipe_UT, 0]
+    accents_UTR = np.broadcast_to(
+        world.ingredients[:, :, 1], (n_users, n_targets, settings.recipes)
+    )
+    met_UTR = rng.random(accents_UTR.shape) < _ACCENT_RATE
+    is_match_UTR = np.arange(settings.recipes) == recipe_UT[:, :, None]
+    is_whole_UT1 = (world.combinations == Combination.WHOLE)[:, :, None]
+    met_UTR = np.where(is_match_UTR, is_whole_UT1, met_UTR)
+    has_base_UT = world.combinations != Combination.ABSENT
+    return (
+        np.concatenate([base_UT[:, :, None], accents_UTR], axis=2),
+        np.concatenate([has_base_UT[:, :, None], met_UTR], axis=2),
     )
 
 

@@ -121,6 +121,11 @@ class ClickLoader:
         hidden_BC = rng.random(items_BC.shape) < self._unknown_rate
         behavior_seed = rng.integers(1 << 62, dtype=np.uint64)
         mine = slice(rank, None, world_size)
+        if rank >= len(chosen):
+            # Nothing is left for this process, but it must take part in the step: one row of
+            # padding has no sample, no loss and no gradient.
+            mine = slice(0, 1)
+            items_BC = np.zeros_like(items_BC)
         chosen, items_BC, labels_BC = chosen[mine], items_BC[mine], labels_BC[mine]
         mask_BC = items_BC != PADDING_ITEM
         candidate_rows_BC = self._catalogue.rows(items_BC)

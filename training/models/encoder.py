@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from contract.catalogue import PADDING_ROW
 from contract.features import FeatureSpec
 
-# Small enough that a sum over a thousand behaviors starts within the gates' linear range.
-EMBEDDING_STD = 0.02
-
 
 class ItemEncoder(nn.Module):
     """Item embedding, plus the embedding of the item's category where the log has one.
@@ -78,7 +75,8 @@ class HistoryEncoder(nn.Module):
 
 def _table(n_rows: int, embedding_dim: int, padding_idx: int | None = None) -> nn.Embedding:
     table = nn.Embedding(n_rows, embedding_dim, padding_idx=padding_idx)
-    nn.init.normal_(table.weight, std=EMBEDDING_STD)
+    # Vectors of length 1: products of two embeddings then start large enough to be learned from.
+    nn.init.normal_(table.weight, std=embedding_dim**-0.5)
     if padding_idx is not None:
         with torch.no_grad():
             table.weight[padding_idx].zero_()

@@ -4,6 +4,7 @@ Shapes: B requests, C candidates, L history length, D embedding width, H hidden 
 attention, G time granularities.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from contract.features import FeatureSpec
 from training.models.encoder import HistoryEncoder, ItemEncoder
 from training.models.head import MLP
+
+# What the attention weights of a full history add up to before training.
+INITIAL_WEIGHT_SUM = 10.0
 
 
 class MultiWayAttention(nn.Module):
@@ -28,10 +32,14 @@ class MultiWayAttention(nn.Module):
     both layers and the weighted sum after them are plain matrix products without a transpose.
     """
 
-    def __init__(self, embedding_dim: int, hidden_units: int) -> None:
+    def __init__(self, embedding_dim: int, hidden_units: int, history_length: int = 1) -> None:
         super().__init__()
         self.hidden = nn.Linear(4 * embedding_dim, hidden_units)
         self.output = nn.Linear(hidden_units, 1)
+        # Weights are not normalised. At 1/2 each, as a bias of 0 makes them, those of a thousand
+        # behaviors drown the GRU's gates in a sum of 500, and no gradient comes back.
+        share = min(0.5, INITIAL_WEIGHT_SUM / history_length)
+        nn.init.constant_(self.output.bias, math.log(share / (1 - share)))
 
     def forward(self, history_BDL: Tensor, memory_BCD: Tensor, target_BCD: Tensor) -> Tensor:
         """Return the weights [B, C, L], each in (0, 1): they are not normalised over L."""
@@ -79,7 +87,8 @@ class IterativeMemoryNetwork(nn.Module):
         self.items = items
         self.history = HistoryEncoder(spec, embedding_dim)
         self.attentions = nn.ModuleList(
-            MultiWayAttention(embedding_dim, attention_units) for _ in range(iterations)
+            MultiWayAttention(embedding_dim, attention_units, spec.history_length)
+            for _ in range(iterations)
         )
         self.memory = nn.GRUCell(embedding_dim, embedding_dim)
         self.transforms = nn.ModuleList(

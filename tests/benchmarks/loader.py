@@ -1,0 +1,73 @@
+"""The sample loader alone against the training step that it feeds, in one run.
+
+python -m tests.benchmarks.loader
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from loadtest.world import WorldSettings, make_world, write_log
+from tests.benchmarks.machine import describe_machine
+from training.config import parse_config
+from training.data.click_data import open_click_data
+from training.data.log import PreparedLog
+from training.data.prepare import PrepareOptions, prepare
+from training.data.readers import LogSource
+from training.data.splits import Part
+from training.models.build import build_model
+from training.trainer import batch_loss
+
+_BATCHES = 8
+_SHAPES = ((64, 1000), (256, 200))
+
+
+def main() -> None:
+    """Print one row a shape."""
+    print(f"{describe_machine()}, IMN 3P, 8 candidates a moment")
+    print(f"{'B':>5}{'L':>6}{'loader ms/batch':>17}{'step ms/batch':>15}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for batch_size, length in _SHAPES:
+            _row(Path(folder) / str(length), batch_size, length)
+
+
+def _row(folder: Path, batch_size: int, length: int) -> None:
+    folder.mkdir()
+    settings = WorldSettings(users=1000, history_length=length, memory=length - 20)
+    write_log(make_world(settings), settings, folder / "world.parquet")
+    prepare(LogSource(path=folder / "world.parquet"), folder / "log", PrepareOptions())
+    config = parse_config(
+        {
+            "name": "loader",
+            "features": {"history_length": length},
+            "model": {"name": "imn"},
+            "train": {"batch_size": batch_size},
+        },
+        "benchmark",
+    )
+    data = open_click_data(PreparedLog(folder / "log"), config)
+    model = build_model(
+        config.model, config.features, item_counts=data.item_counts, category_of_row=None, seed=1
+    )
+    optimizer = torch.optim.Adam(model.parameters())
+    batches = data.loaders[Part.TRAIN].epoch(0, shuffle=True)
+    next(batches)  # the order of the epoch is drawn once
+    loading_s, stepping_s = [], []
+    for _ in range(_BATCHES):
+        started = time.perf_counter()
+        batch = next(batches)
+        loaded = time.perf_counter()
+        optimizer.zero_grad()
+        batch_loss(model, batch, torch.device("cpu")).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        loading_s.append(loaded - started)
+        stepping_s.append(time.perf_counter() - loaded)
+    load_ms, step_ms = (1000 * statistics.median(taken) for taken in (loading_s, stepping_s))
+    print(f"{batch_size:5}{length:6}{load_ms:17.1f}{step_ms:15.1f}{step_ms / load_ms:8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Item ids to embedding rows."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contract.catalogue import Catalogue
+from contract.errors import ContractError
+from contract.records import MAX_ITEM
+
+ids = st.sets(st.integers(1, MAX_ITEM) | st.integers(1, 300), max_size=200)
+
+
+@given(ids, st.lists(st.integers(0, MAX_ITEM) | st.integers(0, 300), max_size=50))
+def test_rows_equal_a_dictionary(known, asked):
+    catalogue = Catalogue(np.array(sorted(known), dtype=np.int64))
+    expected = {item: 2 + row for row, item in enumerate(sorted(known))}
+    everything = np.array([*asked, *known], dtype=np.int64)
+    found = catalogue.rows(everything)
+    assert found.tolist() == [
+        0 if item == 0 else expected.get(item, 1) for item in everything.tolist()
+    ]
+    assert catalogue.n_rows == len(known) + 2
+
+
+def test_rows_keep_the_shape():
+    catalogue = Catalogue(np.array([5, 7]))
+    assert catalogue.rows(np.array([[5, 6], [7, 0]])).tolist() == [[2, 1], [3, 0]]
+
+
+def test_negative_ids_are_unknown():
+    assert Catalogue(np.array([5])).rows(np.array([-5])).tolist() == [1]
+
+
+def test_a_catalogue_may_be_empty():
+    assert Catalogue(np.array([], dtype=np.int64)).rows(np.array([0, 3])).tolist() == [0, 1]
+
+
+def test_colliding_ids_are_all_found():
+    """Ids that differ by multiples of the table's period crowd into few slots."""
+    known = np.arange(1, 5001, dtype=np.int64) << 40
+    assert (Catalogue(known).rows(known) == np.arange(2, 5002)).all()
+
+
+@pytest.mark.parametrize(
+    ("item_ids", "message"),
+    [
+        pytest.param(np.array([0, 1]), "item id 0, expected at least 1", id="padding"),
+        pytest.param(np.array([2, 1]), "once, in ascending order", id="unsorted"),
+        pytest.param(np.array([1, 1]), "once, in ascending order", id="repeated"),
+        pytest.param(np.array([1.0]), "vector of int64, got float64", id="floats"),
+        pytest.param(np.array([[1]]), "vector of int64", id="matrix"),
+    ],
+)
+def test_what_is_no_catalogue_is_refused(item_ids, message):
+    with pytest.raises(ContractError, match=message):
+        Catalogue(item_ids)

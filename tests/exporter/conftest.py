@@ -1,0 +1,54 @@
+"""Trained models, without the training."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from contract.catalogue import Catalogue
+from training.checkpoint import TrainedModel, save_model
+from training.config import parse_config
+from training.models.build import build_model
+
+MODELS = {
+    "imn": {"name": "imn", "embedding_dim": 8, "iterations": 2, "head_units": [8]},
+    "imn with enhancement and category": {
+        "name": "imn", "embedding_dim": 8, "iterations": 3, "enhancement_steps": 2,
+        "head_units": [8], "use_category": True,
+    },
+    "youtube_dnn": {"name": "youtube_dnn", "embedding_dim": 8, "head_units": [8]},
+    "popularity": {"name": "popularity"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that saves an untrained model as a checkpoint."""
+
+    def save(model: str = "imn", history_length: int = 30) -> Path:
+        config = parse_config(
+            {
+                "name": "tiny",
+                "features": {"history_length": history_length},
+                "model": MODELS[model],
+            },
+            model,
+        )
+        counts, categories = torch.arange(42), torch.arange(42) % 5
+        network = build_model(
+            config.model, config.features, item_counts=counts, category_of_row=categories, seed=1
+        )
+        trained = TrainedModel(
+            config=config,
+            model=network,
+            catalogue=Catalogue(np.arange(1, 41) * 1000),
+            metrics={"auc": 0.7, "gauc": float("nan")},
+            data_fingerprint="fingerprint",
+        )
+        path = tmp_path / "model.pt"
+        save_model(path, trained, item_counts=counts, category_of_row=categories)
+        return path
+
+    return save

@@ -1,0 +1,119 @@
+"""A model whose scores can be read off: no weights, no network, and it can be held up.
+
+Items 1 .. 90 are known. A score is a number of seven digits, `ddooncc`:
+
+    dd    day bucket of the newest behavior (0 without one)
+    oo    the item of the oldest behavior that the model sees (0 without one, 99 if unknown)
+    n     number of behaviors that the model sees, up to 8
+    cc    the candidate (99 if unknown)
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contract.bundle import REQUIRED_FILES, FileEntry, Manifest
+from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW, Catalogue
+from contract.encoding import ModelInputs
+from contract.features import DAYS, FeatureSpec
+
+HISTORY_LENGTH = 8
+KNOWN_ITEMS = 90
+UNKNOWN = 99
+_PATIENCE_S = 30.0
+
+
+def score_of(candidate: int, *, behaviors: int = 0, oldest: int = 0, day: int = 0) -> float:
+    """Return the score that DummyModel gives; `oldest` and `candidate` are item ids."""
+    return float(100_000 * day + 1_000 * oldest + 100 * behaviors + candidate)
+
+
+def dummy_manifest() -> Manifest:
+    no_file = FileEntry(sha256="0" * 64, size_bytes=0)
+    return Manifest(
+        format_version=1,
+        model_name="dummy",
+        model_version="dummy-1",
+        score_kind="affinity",
+        features=FeatureSpec(history_length=HISTORY_LENGTH, granularities=(DAYS,)),
+        n_items=KNOWN_ITEMS,
+        golden_tolerance=1e-3,
+        metrics={"auc": 0.5},
+        training_config={},
+        data_fingerprint="",
+        produced_with={},
+        files=dict.fromkeys(REQUIRED_FILES, no_file),
+    )
+
+
+class DummyModel:
+    """Scores as above. `runs` keeps the inputs of every run; `held` stops runs where they are.
+
+    `fails_with` is raised instead of an answer. `answers_with` replaces all scores by one number.
+    `forgets_a_candidate` leaves out the last column.
+    """
+
+    def __init__(self) -> None:
+        self.manifest = dummy_manifest()
+        self.catalogue = Catalogue(np.arange(1, KNOWN_ITEMS + 1, dtype=np.int64))
+        self._may_run = threading.Event()
+        self._is_busy = threading.Event()
+        self.reset()
+
+    def reset(self) -> None:
+        self.runs: list[ModelInputs] = []
+        self.fails_with: Exception | None = None
+        self.answers_with: float | None = None
+        self.forgets_a_candidate = False
+        self._is_busy.clear()
+        self._may_run.set()
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [len(run.candidate_items) for run in self.runs]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold up every run until the block ends."""
+        self._is_busy.clear()
+        self._may_run.clear()
+        try:
+            yield
+        finally:
+            self._may_run.set()
+
+    def wait_until_busy(self) -> None:
+        """Return when a run is being held."""
+        assert self._is_busy.wait(_PATIENCE_S), "no run has begun"
+
+    def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
+        self.runs.append(inputs)
+        self._is_busy.set()
+        assert self._may_run.wait(_PATIENCE_S), "held for too long"
+        if self.fails_with is not None:
+            raise self.fails_with
+        if self.answers_with is not None:
+            return np.full(inputs.candidate_items.shape, self.answers_with, dtype=np.float32)
+        scores_BC = _scores(inputs)
+        return scores_BC[:, :-1] if self.forgets_a_candidate else scores_BC
+
+
+def _scores(inputs: ModelInputs) -> NDArray[np.float32]:
+    rows_BL = inputs.history_items
+    n_behaviors_B = (rows_BL != PADDING_ROW).sum(axis=1)
+    # Right-aligned: the oldest behavior stands n columns from the end.
+    oldest_B = np.array(
+        [_item(row_L[-n]) if n else 0 for row_L, n in zip(rows_BL, n_behaviors_B, strict=True)]
+    )
+    days_B = inputs.history_buckets[:, -1, 0]
+    candidates_BC = np.vectorize(_item)(inputs.candidate_items)
+    histories_B = 100_000 * days_B + 1_000 * oldest_B + 100 * n_behaviors_B
+    scores_BC: NDArray[np.float32] = (histories_B[:, None] + candidates_BC).astype(np.float32)
+    return scores_BC
+
+
+def _item(row: int) -> int:
+    return UNKNOWN if row == UNKNOWN_ROW else int(row) - FIRST_ROW + 1

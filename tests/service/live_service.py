@@ -1,0 +1,103 @@
+"""The application behind a real uvicorn on a free port, and what /metrics says of it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.service.dummy_model import DummyModel
+
+PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveService:
+    """A client of the running service, some questions to it, and the model behind it."""
+
+    client: httpx.Client
+    model: DummyModel
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = self.client.base_url
+        assert url.port is not None
+        return url.host, url.port
+
+    def score(
+        self,
+        user_id: Any = "ann",
+        candidates: Any = (1,),
+        deadline_ms: float | str | None = None,
+        **fields: Any,
+    ) -> httpx.Response:
+        headers = {} if deadline_ms is None else {"X-Deadline-Ms": str(deadline_ms)}
+        body = {"user_id": user_id, "candidates": candidates, **fields}
+        return self.client.post("/score", json=body, headers=headers)
+
+    def scores(self, user_id: Any = "ann", candidates: Any = (1,), **fields: Any) -> list[float]:
+        """Return the scores of a request that must succeed."""
+        answer = self.score(user_id, candidates, **fields)
+        assert answer.status_code == 200, answer.text
+        scores: list[float] = answer.json()["scores"]
+        return scores
+
+    def events(self, *events: tuple[Any, Any, Any]) -> httpx.Response:
+        """Post (user, item, time)s as a batch."""
+        fields = ("user_id", "item_id", "time")
+        body = {"events": [dict(zip(fields, event, strict=True)) for event in events]}
+        return self.client.post("/events", json=body)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the value of one sample of /metrics; 0 where there is none yet."""
+        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return sample.value
+        return 0.0
+
+    def wait_for(self, name: str, value: float, **labels: str) -> None:
+        """Return when a sample of /metrics has the value."""
+        wait_until(lambda: self.metric(name, **labels) == value, f"{name} {labels} = {value}")
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"never came true: {what}"
+        time.sleep(0.005)
+
+
+@contextmanager
+def live_service(app: FastAPI, model: DummyModel) -> Iterator[LiveService]:
+    """Serve `app` from a thread until the block ends."""
+    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive(), "the server has started")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        # No environment: a proxy of the developer's must not come between.
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False, verify=False
+        ) as client:
+            yield LiveService(client=client, model=model)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[..., "Future[Any]"]]:
+    """Yield a function that makes a call in a thread; at the end of the block all have ended."""
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        yield pool.submit

@@ -1,0 +1,215 @@
+"""A batch from Redis to scores: who is scored by what, and whose error is whose."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.errors import CorruptHistoryError, HistoryUnavailableError, ModelFailedError
+from service.metrics import Metrics
+from service.scorer import BatchScorer, Scored, ScoreRequest
+from tests.service.dummy_model import HISTORY_LENGTH, UNKNOWN, DummyModel, score_of
+from tests.service.histories import DAY_S, NOW, records, steps
+
+
+def request(
+    user_id: str, *candidates: int, at: int = NOW, history: bytes | None = None
+) -> ScoreRequest:
+    return ScoreRequest(
+        user_id=user_id,
+        candidates=np.array(candidates or (1,), dtype=np.int64),
+        ranking_time=at,
+        history=history,
+    )
+
+
+@pytest.fixture
+def model() -> DummyModel:
+    return DummyModel()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def make_scorer(model, metrics) -> Iterator[Any]:
+    made: list[BatchScorer] = []
+
+    def make(store, on_redis_failure="refuse") -> BatchScorer:
+        made.append(BatchScorer(model, store, metrics, on_redis_failure=on_redis_failure))
+        return made[-1]
+
+    yield make
+    for scorer in made:
+        scorer.close()
+
+
+@pytest.fixture
+def scorer(make_scorer, store) -> BatchScorer:
+    scorer: BatchScorer = make_scorer(store)
+    return scorer
+
+
+def scores(answer: object) -> list[float]:
+    assert isinstance(answer, Scored), answer
+    found: list[float] = answer.scores.tolist()
+    return found
+
+
+def corrupt_count(metrics: Metrics) -> float | None:
+    return metrics.registry.get_sample_value("mneme_corrupt_histories_total")
+
+
+class TestScores:
+    async def test_each_request_gets_its_own_in_the_order_asked(self, scorer, redis):
+        """Different histories, candidates and ranking times in one batch."""
+        redis.set("history:ann", records((5, NOW - 9 * DAY_S), (7, NOW - DAY_S)))
+        redis.set("history:bob", records((9, NOW)))
+        ann, nobody, bob = await scorer.score(
+            [request("ann", 3, 1, 2), request("nobody", 4), request("bob", 6, 6, at=NOW + DAY_S)]
+        )
+        assert scores(ann) == [
+            score_of(3, behaviors=2, oldest=5, day=1),
+            score_of(1, behaviors=2, oldest=5, day=1),
+            score_of(2, behaviors=2, oldest=5, day=1),
+        ]
+        assert scores(nobody) == [score_of(4)]
+        assert scores(bob) == [score_of(6, behaviors=1, oldest=9, day=1)] * 2
+        assert [a.history_length for a in (ann, nobody, bob)] == [2, 0, 1]
+
+    async def test_the_same_user_twice_in_a_batch_is_scored_twice(self, scorer, redis):
+        redis.set("history:ann", records((5, NOW)))
+        first, second = await scorer.score([request("ann", 1), request("ann", 2, 3)])
+        assert scores(first) == [score_of(1, behaviors=1, oldest=5)]
+        assert scores(second) == [score_of(c, behaviors=1, oldest=5) for c in (2, 3)]
+
+    async def test_the_model_sees_the_newest_behaviors_only(self, scorer, redis):
+        redis.set("history:ann", records(*steps(*range(1, HISTORY_LENGTH + 4))))
+        (answer,) = await scorer.score([request("ann", 1)])
+        assert scores(answer) == [score_of(1, behaviors=HISTORY_LENGTH, oldest=4)]
+        assert answer.history_length == HISTORY_LENGTH
+
+    async def test_a_history_of_the_request_replaces_the_stored_one(self, scorer, redis):
+        redis.set("history:ann", records((5, NOW)))
+        given = records(*steps(*range(11, 11 + HISTORY_LENGTH + 1)))
+        empty, full, stored = await scorer.score(
+            [request("ann", history=b""), request("ann", history=given), request("ann")]
+        )
+        assert scores(empty) == [score_of(1)]
+        assert scores(full) == [score_of(1, behaviors=HISTORY_LENGTH, oldest=12)]
+        assert scores(stored) == [score_of(1, behaviors=1, oldest=5)]
+
+    async def test_unknown_items_are_counted_and_scored_as_the_unknown_item(self, scorer, redis):
+        redis.set("history:ann", records((2**63 - 1, NOW)))
+        ann, bob = await scorer.score([request("ann", 1, 91, 2**63 - 1), request("bob", 90)])
+        assert scores(ann) == [
+            score_of(c, behaviors=1, oldest=UNKNOWN) for c in (1, UNKNOWN, UNKNOWN)
+        ]
+        assert [ann.unknown_candidates, bob.unknown_candidates] == [2, 0]
+
+    async def test_a_behavior_in_the_future_has_no_age(self, scorer, redis):
+        redis.set("history:ann", records((5, NOW + 3 * DAY_S)))
+        (answer,) = await scorer.score([request("ann")])
+        assert scores(answer) == [score_of(1, behaviors=1, oldest=5, day=0)]
+
+    async def test_a_batch_is_one_run_as_wide_as_its_longest(self, scorer, redis, model, metrics):
+        redis.set("history:ann", records(*steps(1, 2, 3)))
+        await scorer.score([request("ann", 1), request("bob", 1, 2)])
+        (run,) = model.runs
+        assert run.history_items.shape == (2, 3)
+        assert run.candidate_items.shape == (2, 2)
+        assert metrics.registry.get_sample_value("mneme_batch_requests_sum") == 2
+        assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 1
+
+    async def test_the_time_of_each_stage_is_told(self, scorer):
+        (answer,) = await scorer.score([request("ann")])
+        assert sorted(answer.seconds) == ["encode", "fetch", "infer"]
+        assert all(seconds >= 0 for seconds in answer.seconds.values())
+
+
+class TestCorruptHistories:
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            pytest.param(b"x" * 13, "13 bytes is not a whole number", id="length"),
+            pytest.param(b"\x01" * (12 * HISTORY_LENGTH + 7), "103 bytes is not", id="long"),
+            pytest.param(records((5, NOW), (0, NOW)), "an item id below 1", id="item 0"),
+            pytest.param(records((-5, NOW)), "an item id below 1", id="negative item"),
+        ],
+    )
+    async def test_only_their_user_hears_of_it(self, scorer, redis, metrics, value, reason):
+        redis.set("history:ann", value)
+        redis.set("history:bob", records((9, NOW)))
+        bob, ann, nobody = await scorer.score(
+            [request("bob", 3), request("ann"), request("nobody", 4)]
+        )
+        assert isinstance(ann, CorruptHistoryError)
+        assert "the history of user 'ann' cannot be read" in ann.detail
+        assert reason in ann.detail
+        assert scores(bob) == [score_of(3, behaviors=1, oldest=9)]
+        assert scores(nobody) == [score_of(4)]
+        assert corrupt_count(metrics) == 1
+
+    async def test_what_the_model_does_not_read_is_not_judged(self, scorer, redis):
+        old = [(0, NOW), *steps(*range(1, HISTORY_LENGTH + 1))]
+        redis.set("history:ann", records(*old))
+        (answer,) = await scorer.score([request("ann")])
+        assert scores(answer) == [score_of(1, behaviors=HISTORY_LENGTH, oldest=1)]
+
+    async def test_a_batch_of_nothing_else_costs_no_run(self, scorer, redis, model):
+        redis.rpush("history:ann", "x")
+        (answer,) = await scorer.score([request("ann")])
+        assert isinstance(answer, CorruptHistoryError)
+        assert model.runs == []
+
+
+class TestRedisAway:
+    async def test_requests_that_need_it_fail_and_others_do_not(self, make_scorer, away_store):
+        scorer = make_scorer(away_store)
+        ann, bob = await scorer.score([request("ann"), request("bob", history=records((5, NOW)))])
+        assert isinstance(ann, HistoryUnavailableError)
+        assert scores(bob) == [score_of(1, behaviors=1, oldest=5)]
+
+    async def test_or_are_scored_cold_where_the_operator_says_so(self, make_scorer, away_store):
+        scorer = make_scorer(away_store, on_redis_failure="cold")
+        ann, bob = await scorer.score(
+            [request("ann", 3), request("bob", history=records((5, NOW)))]
+        )
+        assert scores(ann) == [score_of(3)]
+        assert scores(bob) == [score_of(1, behaviors=1, oldest=5)]
+        assert [ann.degraded, bob.degraded] == [True, False]
+
+    async def test_requests_with_their_own_history_do_not_ask_it(self, make_scorer, away_store):
+        (answer,) = await make_scorer(away_store).score([request("ann", history=b"")])
+        assert not answer.degraded
+
+
+class TestModelFailures:
+    async def test_a_model_that_raises_fails_the_batch(self, scorer, model):
+        model.fails_with = RuntimeError("out of memory")
+        with pytest.raises(ModelFailedError, match="the model failed: out of memory"):
+            await scorer.score([request("ann")])
+
+    async def test_scores_of_another_shape_fail_the_batch(self, scorer, model):
+        """Or a request would get fewer scores than it has candidates."""
+        model.forgets_a_candidate = True
+        with pytest.raises(ModelFailedError, match="shape"):
+            await scorer.score([request("ann", 1, 2)])
+
+    @pytest.mark.parametrize("number", [float("nan"), float("inf")])
+    async def test_a_score_that_is_no_number_is_an_error(self, scorer, model, number):
+        model.answers_with = number
+        (answer,) = await scorer.score([request("ann")])
+        assert isinstance(answer, ModelFailedError)
+        assert answer.detail == "the model gave a score that is not a finite number"
+
+    async def test_the_next_batch_is_scored_again(self, scorer, model):
+        model.fails_with = RuntimeError("out of memory")
+        with pytest.raises(ModelFailedError):
+            await scorer.score([request("ann")])
+        model.fails_with = None
+        (answer,) = await scorer.score([request("ann", 7)])
+        assert scores(answer) == [score_of(7)]

@@ -1,0 +1,160 @@
+"""Settings from environment and flags."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError, add_flags, read_settings
+
+FIELDS = sorted(Settings.model_fields)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set variables for the test."""
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def parse(*arguments: str) -> dict[str, str]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return vars(parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_has_a_description(name):
+    description = Settings.model_fields[name].description
+    assert description
+    assert description.endswith(".")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_a_flag_with_its_description_as_help(name):
+    parser = argparse.ArgumentParser(prog="x", formatter_class=argparse.RawTextHelpFormatter)
+    add_flags(parser)
+    text = parser.format_help()
+    assert f"--{name.replace('_', '-')} VALUE" in text
+    assert (Settings.model_fields[name].description or "") in text
+
+
+def test_only_the_bundle_must_be_given():
+    with pytest.raises(SettingsError, match=r"^bundle: Field required$"):
+        read_settings({})
+    assert read_settings({"bundle": "b"}) == Settings(bundle=Path("b"))
+
+
+def test_defaults_serve_one_machine():
+    settings = read_settings({"bundle": "b"})
+    assert settings.redis_url == "redis://127.0.0.1:6379/0"
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.provider == "cpu"
+    assert settings.on_redis_failure == "refuse"
+    assert settings.deadline_s == 0.03
+
+
+def test_variables_are_read(environment):
+    environment(
+        MNEME_BUNDLE="b",
+        MNEME_PORT="9000",
+        MNEME_DEADLINE_S="0.5",
+        MNEME_ON_REDIS_FAILURE="cold",
+        MNEME_REDIS_URL="redis://redis:6379/1",
+    )
+    assert read_settings({}) == Settings(
+        bundle=Path("b"),
+        port=9000,
+        deadline_s=0.5,
+        on_redis_failure="cold",
+        redis_url="redis://redis:6379/1",
+    )
+
+
+def test_flags_are_read():
+    flags = parse("--bundle", "b", "--port", "9000", "--key-prefix", "h", "--max-batch-work", "7")
+    assert flags == {"bundle": "b", "port": "9000", "key_prefix": "h", "max_batch_work": "7"}
+    assert read_settings(flags) == Settings(
+        bundle=Path("b"), port=9000, key_prefix="h", max_batch_work=7
+    )
+
+
+def test_flags_win(environment):
+    environment(
+        MNEME_BUNDLE="b",
+        MNEME_PORT="9000",
+        MNEME_REDIS_URL="redis://variable",
+        REDIS_URL="redis://variable",
+    )
+    settings = read_settings(parse("--port", "9001", "--redis-url", "redis://flag"))
+    assert settings.port == 9001
+    assert settings.redis_url == "redis://flag"
+
+
+def test_redis_url_without_the_prefix_is_read(environment):
+    environment(REDIS_URL="redis://elsewhere")
+    assert read_settings({"bundle": "b"}).redis_url == "redis://elsewhere"
+
+
+def test_the_variable_with_the_prefix_wins_over_redis_url(environment):
+    """It was meant for this program; REDIS_URL may be there for another."""
+    environment(REDIS_URL="redis://anyones", MNEME_REDIS_URL="redis://ours")
+    assert read_settings({"bundle": "b"}).redis_url == "redis://ours"
+
+
+def test_other_variables_without_the_prefix_are_not_read(environment):
+    environment(PORT="9000", BUNDLE="other", HOST="0.0.0.0")
+    assert read_settings({"bundle": "b"}) == Settings(bundle=Path("b"))
+
+
+def test_unknown_variables_with_the_prefix_are_refused(environment):
+    environment(MNEME_PROT="9000", MNEME_BUNDEL="b", MNEME_PORT="9000")
+    with pytest.raises(
+        SettingsError,
+        match=r"unknown environment variables MNEME_BUNDEL, MNEME_PROT; known are .*MNEME_PORT",
+    ):
+        read_settings({"bundle": "b"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param({"port": "many"}, "port: Input should be a valid integer", id="no number"),
+        pytest.param({"port": "65536"}, "port: .* less than or equal to 65535", id="port"),
+        pytest.param({"provider": "tpu"}, "provider: Input should be 'cpu' or 'cuda'", id="choice"),
+        pytest.param({"deadline_s": "0"}, "deadline_s: .* greater than 0", id="no time"),
+        pytest.param({"deadline_s": "nan"}, "deadline_s: ", id="nan"),
+        pytest.param({"redis_timeout_s": "-1"}, "redis_timeout_s: .* greater", id="negative"),
+        pytest.param({"max_batch_work": "0"}, "max_batch_work: .* greater", id="no work"),
+        pytest.param({"max_body_bytes": "1e3"}, "max_body_bytes: .* integer", id="float"),
+        pytest.param({"key_prefix": ""}, "key_prefix: String should have", id="empty prefix"),
+        pytest.param({"on_redis_failure": "warm"}, "on_redis_failure: .*'cold'", id="warm"),
+        pytest.param({"redis_url": "nonsense"}, "redis_url: ", id="no URL"),
+        pytest.param({"redis_url": "http://redis"}, "redis_url: ", id="another scheme"),
+        pytest.param({"redis_url": "redis://host:port"}, "redis_url: ", id="no port"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_with_its_name(flags, message):
+    with pytest.raises(SettingsError, match=f"^{message}"):
+        read_settings({"bundle": "b", **flags})
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(SettingsError, match=r"bundle: Field required; port: Input"):
+        read_settings({"port": "many"})
+
+
+def test_settings_cannot_be_changed_later():
+    settings = read_settings({"bundle": "b"})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+
+
+def test_a_flag_that_is_no_setting_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("--prot", "9000")
+    assert "unrecognized arguments: --prot" in capsys.readouterr().err

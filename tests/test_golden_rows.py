@@ -1,0 +1,100 @@
+"""Training and serving make the same model inputs of the same rows: tests/golden binds them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from redis.asyncio import Redis
+
+from contract.bundle import Manifest
+from contract.catalogue import Catalogue
+from contract.encoding import ModelInputs
+from contract.records import decode_records
+from loadtest.redis_server import redis_server
+from service.history import HistoryStore, history_key
+from service.metrics import Metrics
+from service.scorer import BatchScorer, Scored, ScoreRequest
+from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC, GoldenRow
+from training.data.loader import ClickBatch, ClickLoader
+from training.data.log import PreparedLog
+from training.data.prepare import PrepareOptions, prepare
+from training.data.readers import LogSource
+from training.data.samples import impression_moments
+from training.data.splits import Part, Split
+
+
+class RecordingModel:
+    """Keeps the inputs that the service feeds to it."""
+
+    def __init__(self) -> None:
+        self.catalogue: Catalogue = CATALOGUE
+        self.inputs: list[ModelInputs] = []
+        self.manifest = Manifest.model_construct(features=SPEC)
+
+    def run(self, inputs: ModelInputs) -> np.ndarray:
+        self.inputs.append(inputs)
+        return np.zeros(inputs.candidate_items.shape, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with redis_server() as url:
+        yield url
+
+
+def training_batch(row: GoldenRow, folder: Path) -> ClickBatch:
+    """Prepare a log of the row's behaviors with its candidates as impressions, and load it."""
+    behaviors = decode_records(row.history)
+    n_behaviors, n_candidates = len(behaviors), len(row.candidates)
+    pl.DataFrame(
+        {
+            "user_id": ["u"] * (n_behaviors + n_candidates),
+            "item_id": [*behaviors["item"].tolist(), *row.candidates.tolist()],
+            "timestamp": [*behaviors["time"].tolist(), *[RANKING_TIME] * n_candidates],
+            "label": pl.Series([None] * n_behaviors + [0] * n_candidates, dtype=pl.Int8),
+        }
+    ).write_parquet(folder / "log.parquet")
+    prepare(LogSource(path=folder / "log.parquet"), folder / "log", PrepareOptions())
+    log = PreparedLog(folder / "log")
+    everything = Split(
+        behaviors=np.zeros(n_behaviors, np.int8), impressions=np.zeros(n_candidates, np.int8)
+    )
+    moments = impression_moments(log, everything, Part.TRAIN, max_candidates=8)
+    loader = ClickLoader(log, moments, CATALOGUE, SPEC, batch_size=1, seed=0)
+    (batch,) = loader.epoch(0, shuffle=False)
+    return batch
+
+
+def assert_inputs(inputs: ModelInputs, row: GoldenRow) -> None:
+    """Expect the row's inputs; a history may be as short as it is, with less padding."""
+    length = inputs.history_items.shape[1]
+    assert inputs.history_items.tolist() == [row.history_items[-length:]]
+    assert inputs.history_buckets.tolist() == [row.history_buckets[-length:]]
+    assert not any(row.history_items[:-length])
+    assert inputs.candidate_items.tolist() == [row.candidate_items]
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if not row.serving_only], ids=lambda row: row.name
+)
+def test_training_gathers_golden_rows(row, tmp_path):
+    assert_inputs(training_batch(row, tmp_path).inputs, row)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+async def test_the_service_encodes_golden_rows(row, redis_url):
+    model, redis = RecordingModel(), Redis.from_url(redis_url)
+    store = HistoryStore(redis, prefix="golden", keep=100)
+    scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
+    try:
+        await redis.set(history_key("golden", "u"), row.history)
+        (answer,) = await scorer.score(
+            [ScoreRequest(user_id="u", candidates=row.candidates, ranking_time=RANKING_TIME)]
+        )
+    finally:
+        scorer.close()
+        await store.close()
+    assert isinstance(answer, Scored)
+    assert_inputs(model.inputs[0], row)

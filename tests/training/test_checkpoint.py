@@ -1,0 +1,84 @@
+"""Checkpoints on disk."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from contract.catalogue import Catalogue
+from tests.training.models.inputs import inputs
+from tests.training.runs import run_config
+from training.checkpoint import TrainedModel, load_model, load_run_state, save_model
+from training.errors import CheckpointError
+from training.models.build import build_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model with categories, saved; returns it with its path."""
+    config = run_config(model={"name": "imn", "embedding_dim": 4, "use_category": True})
+    counts, categories = torch.arange(20), torch.arange(20) % 3
+    model = build_model(
+        config.model, config.features, item_counts=counts, category_of_row=categories, seed=1
+    )
+    trained = TrainedModel(
+        config=config,
+        model=model.eval(),
+        catalogue=Catalogue(np.arange(1, 19)),
+        metrics={"auc": 0.5},
+        data_fingerprint="f",
+    )
+    save_model(tmp_path / "model.pt", trained, item_counts=counts, category_of_row=categories)
+    return trained, tmp_path / "model.pt"
+
+
+def test_a_loaded_model_scores_as_the_saved_one(saved):
+    trained, path = saved
+    loaded = load_model(path)
+    batch = inputs([5, 0])
+    assert torch.equal(loaded.model(*batch), trained.model(*batch))
+    assert loaded.config == trained.config
+    assert loaded.catalogue.item_ids.tolist() == trained.catalogue.item_ids.tolist()
+    assert not loaded.model.training
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pt: no such file"):
+        load_model(tmp_path / "none.pt")
+
+
+def test_half_a_file_is_refused(saved):
+    _, path = saved
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not readable as a checkpoint"):
+        load_model(path)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
+    with pytest.raises(CheckpointError, match="not readable as a checkpoint"):
+        load_model(tmp_path / "model.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_another_kind_of_file_is_refused(saved):
+    _, path = saved
+    with pytest.raises(CheckpointError, match="holds a model, expected a run"):
+        load_run_state(path)
+
+
+def test_another_format_version_is_refused(tmp_path):
+    torch.save({"format_version": 7, "kind": "model", "fields": {}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="format version 7, this program reads version 1"):
+        load_model(tmp_path / "model.pt")
+
+
+def test_missing_fields_are_refused(tmp_path):
+    torch.save({"format_version": 1, "kind": "model", "fields": {}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="not a trained model"):
+        load_model(tmp_path / "model.pt")
