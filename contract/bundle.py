@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"this program reads version {FORMAT_VERSION}"
         )
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         reasons = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()

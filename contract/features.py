@@ -11,7 +11,7 @@ DAY_S = 24 * HOUR_S
 class Granularity(BaseModel):
     """One unit in which elapsed time is bucketed; it has an embedding table of its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Annotated[str, Field(min_length=1)]
     unit_s: Annotated[int, Field(ge=1)]
@@ -27,7 +27,7 @@ DAYS = Granularity(name="days", unit_s=DAY_S, n_buckets=17)
 class FeatureSpec(BaseModel):
     """How a history is encoded: its length L and the G granularities of elapsed time."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     history_length: Annotated[int, Field(ge=1, le=100_000)] = 1000
     granularities: Annotated[tuple[Granularity, ...], Field(min_length=1)] = (HOURS, DAYS)

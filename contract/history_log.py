@@ -56,12 +56,12 @@ class HistoryLog:
         self.folder = folder
         self.header = _read_header(folder)
         size = RECORD_BYTES * self.header.n_behaviors
-        self.behaviors: NDArray[np.void] = _map(folder / BEHAVIORS, RECORD, size)
-        self.behavior_offsets = _offsets(
+        self.behaviors: NDArray[np.void] = map_file(folder / BEHAVIORS, RECORD, size)
+        self.behavior_offsets = read_offsets(
             folder / BEHAVIOR_OFFSETS, self.header.n_users, self.header.n_behaviors
         )
-        self._user_ids = _map(folder / USER_IDS, np.dtype(np.uint8))
-        self._user_id_offsets = _offsets(
+        self._user_ids = map_file(folder / USER_IDS, np.dtype(np.uint8))
+        self._user_id_offsets = read_offsets(
             folder / USER_ID_OFFSETS, self.header.n_users, self._user_ids.size
         )
 
@@ -101,9 +101,10 @@ def _read_header(folder: Path) -> LogHeader:
         raise HistoryLogError(f"{path}: {error}") from error
 
 
-def _map(
+def map_file(
     path: Path, dtype: np.dtype[np.generic], size_bytes: int | None = None
 ) -> NDArray[np.void]:
+    """Return a read-only map of a file; HistoryLogError unless it has `size_bytes` bytes."""
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -115,7 +116,8 @@ def _map(
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _offsets(path: Path, n_runs: int, total: int) -> NDArray[np.int64]:
+def read_offsets(path: Path, n_runs: int, total: int) -> NDArray[np.int64]:
+    """Return int64 [n_runs + 1]; HistoryLogError unless they divide `total` entries into runs."""
     try:
         offsets = np.load(path, allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:

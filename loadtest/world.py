@@ -189,8 +189,11 @@ def write_log(world: World, settings: WorldSettings, path: Path) -> int:
     frame = pl.concat([_organic(world, settings), _visits(world, settings)])
     frame = frame.sort("user_id", "timestamp", maintain_order=True)
     staging = path.with_name(f".{path.name}.tmp")
-    frame.write_parquet(staging)
-    staging.replace(path)
+    try:
+        frame.write_parquet(staging)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
     return len(frame)
 
 

@@ -33,7 +33,7 @@ def _read() -> dict[str, Any]:
 
 
 RANKING_TIME: int = _read()["ranking_time"]
-SPEC = FeatureSpec.model_validate(_read()["features"])
+SPEC = FeatureSpec.model_validate_json(json.dumps(_read()["features"]))
 CATALOGUE = Catalogue(np.array(_read()["item_ids"], dtype=np.int64))
 ROWS = [
     GoldenRow(

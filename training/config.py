@@ -56,8 +56,8 @@ class DataConfig(_Settings):
     """Which samples are made of a prepared log.
 
     `samples`: the log's labelled impressions, or each behavior with `n_negatives` sampled ones;
-    "auto" takes impressions where the log has labels. `min_item_count`: items with fewer rows in
-    the training part are unknown items. `max_candidates`: of one moment. `unknown_rate`: share
+    "auto" takes impressions where the log has labels. `min_item_count`: items that were
+    chosen and shown less often in the training part are unknown items. `max_candidates`: of one moment. `unknown_rate`: share
     of items shown as unknown in training.
     """
 
@@ -81,11 +81,11 @@ class TrainConfig(_Settings):
 
     seed: Annotated[int, Field(ge=0)] = 1
     batch_size: Positive = 512
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_epochs: Positive = 10
     patience: Positive = 2
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = 60.0
+    checkpoint_every_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
 
 
 class RunConfig(_Settings):
@@ -104,7 +104,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises ConfigError that names the key and what is allowed.
     """
     try:
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from error
     for override in overrides:
@@ -117,6 +117,8 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     try:
         # TOML and JSON have lists only; strict mode must take them for tuples.
         return RunConfig.model_validate_json(json.dumps(raw))
+    except TypeError as error:  # dates and times, which JSON has not
+        raise ConfigError(f"{where}: {error}") from error
     except ValidationError as error:
         reasons = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'run'}: {e['msg']}" for e in error.errors()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from contract.bundle import ScoreKind
 from contract.encoding import ModelInputs
 from training.data.loader import ClickLoader
+from training.errors import TrainingError
 from training.metrics import auc, click_metrics, log_loss
 from training.models.build import Scorer
 
@@ -56,6 +57,8 @@ def evaluate(
                 probabilities.append(batch.probabilities[batch.mask])
     finally:
         model.train(was_training)
+    if not labels:
+        raise TrainingError("there is no sample to evaluate: this part of the split is empty")
     return Evaluation(
         users=np.concatenate(users),
         labels=np.concatenate(labels),

@@ -23,6 +23,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         yield staging
         for path in staging.iterdir():
             _sync(path)
+        _sync(staging)
         staging.chmod(0o755)  # mkdtemp makes it private
         staging.rename(target)
         _sync(target.parent)

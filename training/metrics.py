@@ -26,9 +26,10 @@ def auc(labels_N: Labels, scores_N: Scores) -> float:
 def grouped_auc(users_N: NDArray[np.int32], labels_N: Labels, scores_N: Scores) -> float:
     """Return the AUC within each user, averaged with the users' sample counts as weights (GAUC).
 
-    Users with only positives or only negatives are left out; NaN when no user is left.
+    Users with only positives or only negatives are left out; NaN when no user is left, or when a
+    score is NaN: it has no rank.
     """
-    if not len(users_N):
+    if not len(users_N) or np.isnan(scores_N).any():
         return float("nan")
     order = np.lexsort((scores_N, users_N))
     users, scores, positive = users_N[order], scores_N[order], labels_N[order] > 0

@@ -10,6 +10,7 @@ A run folder holds
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +38,7 @@ from training.data.loader import ClickBatch
 from training.data.log import PreparedLog
 from training.data.splits import Part
 from training.distributed import Worker
-from training.errors import CheckpointError
+from training.errors import CheckpointError, TrainingError
 from training.evaluation import evaluate, to_tensors
 from training.folders import staged_file
 from training.models.build import build_model, score_kind
@@ -226,6 +227,11 @@ class _Run:
         done = self.progress
         metrics = self._evaluate(Part.VALID) if self.worker.is_first else {"auc": 0.0}
         auc = self.worker.broadcast(metrics["auc"])
+        if math.isnan(auc):
+            raise TrainingError(
+                f"epoch {done.epoch + 1}: the validation AUC is not a number: training diverged, or "
+                "the validation part holds one label only"
+            )
         best_auc, best_epoch = done.best_auc, done.best_epoch
         if auc > best_auc:
             best_auc, best_epoch = auc, done.epoch

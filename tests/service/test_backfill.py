@@ -145,6 +145,16 @@ class TestMerge:
     def test_merged_by_hand(self, stored, loaded, merged):
         assert merge_histories(records(*stored), records(*loaded)) == records(*merged)
 
+    def test_within_a_second_stored_ones_come_first_each_in_their_order(self):
+        stored, loaded = range(1, 51), range(100, 50, -1)
+        merged = merge_histories(
+            records(*((item, second) for second in (10, 20) for item in stored)),
+            records(*((item, second) for second in (10, 20) for item in loaded)),
+        )
+        assert merged == records(
+            *((item, second) for second in (10, 20) for item in (*stored, *loaded))
+        )
+
     @pytest.mark.parametrize(
         "stored",
         [b"x", records((1, 10)) + b"half", records((1, 10), (0, 20)), records((-1, 10))],

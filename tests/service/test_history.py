@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from service.errors import CorruptHistoryError, HistoryUnavailableError
-from service.history import DEDUPLICATION_BEHAVIORS, HistoryStore, connect, history_key
+from service.history import HistoryStore, connect, history_key
 from tests.service.dummy_model import HISTORY_LENGTH as KEEP
 from tests.service.histories import records, steps
 
@@ -114,7 +114,7 @@ class TestAppend:
 
     async def test_a_repetition_is_found_among_the_newest_128_only(self, redis_url):
         """The stated limit of idempotence."""
-        later = steps(*range(2, 2 + DEDUPLICATION_BEHAVIORS))
+        later = steps(*range(2, 2 + 128))
         async with open_store(redis_url, keep=1000) as store:
             await store.append({"ann": records((1, 10))})
             await store.append({"ann": records(*later[:-1])})

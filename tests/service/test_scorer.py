@@ -80,11 +80,15 @@ class TestScores:
         assert scores(bob) == [score_of(6, behaviors=1, oldest=9, day=1)] * 2
         assert [a.history_length for a in (ann, nobody, bob)] == [2, 0, 1]
 
-    async def test_the_same_user_twice_in_a_batch_is_scored_twice(self, scorer, redis):
+    async def test_the_same_user_twice_in_a_batch_is_scored_twice_and_read_once(
+        self, scorer, redis
+    ):
         redis.set("history:ann", records((5, NOW)))
+        redis.config_resetstat()
         first, second = await scorer.score([request("ann", 1), request("ann", 2, 3)])
         assert scores(first) == [score_of(1, behaviors=1, oldest=5)]
         assert scores(second) == [score_of(c, behaviors=1, oldest=5) for c in (2, 3)]
+        assert redis.info("commandstats")["cmdstat_getrange"]["calls"] == 1
 
     async def test_the_model_sees_the_newest_behaviors_only(self, scorer, redis):
         redis.set("history:ann", records(*steps(*range(1, HISTORY_LENGTH + 4))))

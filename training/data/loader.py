@@ -77,7 +77,7 @@ class ClickLoader:
 
     @property
     def n_samples(self) -> int:
-        """Samples in one epoch: candidates with a label, sampled negatives included."""
+        """Samples in one epoch, sampled negatives included; fewer where there is none to draw."""
         return len(self._moments.labels) + len(self._moments) * self._n_negatives
 
     def epoch(
@@ -97,6 +97,8 @@ class ClickLoader:
 
     def _batches(self, epoch: int, *, shuffle: bool) -> list[NDArray[np.int64]]:
         order = np.arange(len(self._moments))
+        if not len(order):
+            return []
         lengths = self._moments.ends - self._moments.starts
         if not shuffle:
             # Full windows would only cost memory here: sorting all by length is cheapest.

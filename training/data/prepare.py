@@ -26,6 +26,7 @@ from training.folders import staged_folder
 
 _CHUNK_ROWS = 1 << 20
 _HASH_CHUNK_BYTES = 1 << 20
+_ROWS = "rows.parquet"
 
 BehaviorChoice = Literal["positives", "all"]
 
@@ -62,7 +63,7 @@ def prepare(source: LogSource, target: Path, options: PrepareOptions) -> Prepare
         with staged_folder(target) as staging:
             log, n_dropped = _validated(scan(source), source.path, options)
             log = k_core(log, options.min_interactions)
-            rows_path = staging / "rows.parquet"
+            rows_path = staging / _ROWS
             _sorted(_marked(log, options)).sink_parquet(rows_path)
             header = _write(pl.scan_parquet(rows_path), staging, source, options)
             rows_path.unlink()
@@ -139,7 +140,6 @@ def _write(
     rows: pl.LazyFrame, folder: Path, source: LogSource, options: PrepareOptions
 ) -> LogHeader:
     names = rows.collect_schema().names()
-    has_labels = "label" in names
     users = (
         rows.group_by("user")
         .agg(behaviors=pl.col("behavior").sum(), impressions=pl.col("impression").sum())
@@ -150,6 +150,7 @@ def _write(
         raise LogError(f"{source.path}: the {options.min_interactions}-core is empty")
     behavior_offsets = _offsets(users["behaviors"])
     impression_offsets = _offsets(users["impressions"])
+    has_labels = "label" in names and int(impression_offsets[-1]) > 0
     np.save(folder / history_log.BEHAVIOR_OFFSETS, behavior_offsets)
     np.save(folder / prepared.IMPRESSION_OFFSETS, impression_offsets)
     user_ids = [user_id.encode() for user_id in users["user"].cast(pl.String)]
@@ -215,10 +216,13 @@ def _offsets(lengths: pl.Series) -> NDArray[np.int64]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return a sha256 over everything that training reads, so that a model names its data."""
+    """Return a sha256 over all that training reads, so that a model names its data."""
     digest = hashlib.sha256()
-    for name in (history_log.USER_IDS, history_log.BEHAVIORS, prepared.IMPRESSIONS, prepared.ITEMS):
-        with (folder / name).open("rb") as file:
+    for path in sorted(folder.iterdir()):
+        if path.name == _ROWS:
+            continue
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as file:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -6,7 +6,8 @@ impression), `probability` float32 (the true click probability, of a synthetic l
 and `order`.
 """
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -29,6 +30,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "order": ("order",),
 }
 REQUIRED = ("user", "item", "time")
+_NO_LABEL = 2
 _MAX_BASE36_DIGITS = 12  # 36^12 < 2^63
 _AMAZON = ("user", "item", "rating", "timestamp")
 _TAOBAO = ("user", "item", "category", "behavior", "timestamp")
@@ -62,7 +64,7 @@ def scan(source: LogSource) -> pl.LazyFrame:
     unknown = sorted(set(source.columns) - set(ALIASES))
     if unknown:
         raise LogError(f"unknown column roles {unknown}, expected some of {sorted(ALIASES)}")
-    log_format = source.format or detect_format(source.path)
+    log_format = source.format or detect_format(source.path, source.columns.values())
     try:
         match log_format:
             case "movielens-dat":
@@ -72,7 +74,7 @@ def scan(source: LogSource) -> pl.LazyFrame:
             case "taobao":
                 frame = _scan_headerless(source.path, _TAOBAO, text=("behavior",))
             case "movielens-csv" | "named":
-                frame = _scan_named(source.path)
+                frame = _scan_named(source)
         frame = _rename(frame, source)
         if log_format in ("movielens-dat", "movielens-csv"):
             frame = frame.with_columns(label=pl.col("rating") >= source.label_threshold)
@@ -81,19 +83,22 @@ def scan(source: LogSource) -> pl.LazyFrame:
         raise LogError(f"{source.path}: not readable as {log_format}: {error}") from error
 
 
-def detect_format(path: Path) -> LogFormat:
-    """Return the format of a log by its name and its first line."""
+def detect_format(path: Path, column_names: Iterable[str] = ()) -> LogFormat:
+    """Return the format of a log by its name and its first line.
+
+    `column_names`: names that its header holds, if they differ from ALIASES.
+    """
     if path.is_dir() or path.suffix == ".parquet":
         return "named"
     if path.suffix == ".dat":
         return "movielens-dat"
     if path.suffix != ".csv":
         raise LogError(f"{path}: expected a .parquet, .csv or .dat file, or a folder of Parquet")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = file.readline().strip().split(",")
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = next(csv.reader([file.readline()]), [])
     if "movieId" in first:
         return "movielens-csv"
-    if any(name in first for name in ALIASES["user"]):
+    if any(name in first for name in (*ALIASES["user"], *column_names)):
         return "named"
     if len(first) == len(_TAOBAO):
         return "taobao"
@@ -129,11 +134,16 @@ def _scan_headerless(path: Path, names: tuple[str, ...], text: tuple[str, ...]) 
     return pl.scan_csv(path, has_header=False, schema={name: dtype(name) for name in names})
 
 
-def _scan_named(path: Path) -> pl.LazyFrame:
+def _scan_named(source: LogSource) -> pl.LazyFrame:
+    path = source.path
     if path.is_dir():
         return pl.scan_parquet(path / "**/*.parquet")
     if path.suffix == ".csv":
-        return pl.scan_csv(path, infer_schema_length=10_000)
+        # User ids are text, whatever they look like: as numbers, 007 and 7 would be one user.
+        users = {*ALIASES["user"], source.columns.get("user", "user")}
+        present = pl.scan_csv(path, infer_schema=False).collect_schema().names()
+        text = {name: pl.String for name in users if name in present}
+        return pl.scan_csv(path, infer_schema_length=10_000, schema_overrides=text)
     return pl.scan_parquet(path)
 
 
@@ -165,7 +175,11 @@ def _cast(frame: pl.LazyFrame, source: LogSource, *, base36: bool) -> pl.LazyFra
         "time": pl.col("time").cast(pl.Int64) // divisor,
     }
     if "label" in schema:
-        columns["label"] = pl.col("label").cast(pl.Int8)
+        label = pl.col("label")
+        if schema["label"].is_float():  # 0.5 must be refused as a label, not cut to 0
+            whole = label.is_null() | (label == label.floor())
+            label = pl.when(whole).then(label).otherwise(_NO_LABEL)
+        columns["label"] = label.cast(pl.Int8)
     if "probability" in schema:
         columns["probability"] = pl.col("probability").cast(pl.Float32)
     if "category" in schema:
@@ -195,7 +209,14 @@ def _item(frame: pl.LazyFrame, dtype: pl.DataType, path: Path, *, base36: bool) 
             f"{path}: item {example.item()!r} is neither a number nor a name of at most "
             f"{_MAX_BASE36_DIGITS} letters and digits"
         )
-    return column.str.to_integer(base=36, dtype=pl.Int64)
+    number = column.str.to_integer(base=36, dtype=pl.Int64)
+    names = frame.select(column.n_unique().alias("names"), number.n_unique().alias("numbers"))
+    if (counts := names.collect(engine="streaming").row(0))[0] != counts[1]:
+        raise LogError(
+            f"{path}: {counts[0]} item names make {counts[1]} numbers in base 36: names that differ "
+            "in case or in leading zeros only cannot be told apart"
+        )
+    return number
 
 
 def _every(frame: pl.LazyFrame, condition: pl.Expr) -> bool:

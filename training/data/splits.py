@@ -1,5 +1,6 @@
 """Which part of a log each of its rows belongs to: training, validation or test."""
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -39,8 +40,8 @@ def split_by_time(log: PreparedLog, *, test_fraction: float, valid_fraction: flo
     behavior_times = log.behaviors["time"]
     impression_times = log.impressions["time"]
     times = np.sort(impression_times if len(impression_times) else behavior_times)
-    n_before_test = int(len(times) * (1 - test_fraction))
-    n_train = int(n_before_test * (1 - valid_fraction))
+    n_before_test = len(times) - _share(len(times), test_fraction)
+    n_train = n_before_test - _share(n_before_test, valid_fraction)
     if not 0 < n_train < n_before_test < len(times):
         raise TrainingError(
             f"{len(times)} rows cannot be split with test_fraction={test_fraction} and "
@@ -70,3 +71,8 @@ def leave_one_out(log: PreparedLog) -> Split:
         behaviors=parts,
         impressions=np.full(log.header.n_impressions, Part.TRAIN, dtype=np.int8),
     )
+
+
+def _share(n: int, fraction: float) -> int:
+    """Return that fraction of n, rounded up; 0.2 of 10 is 2 although floats make it a bit more."""
+    return math.ceil(n * fraction - 1e-9)

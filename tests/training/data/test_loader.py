@@ -395,11 +395,7 @@ class TestEdges:
         "shuffle",
         [
             pytest.param(True, id="shuffled"),
-            pytest.param(
-                False,
-                id="in order of length",
-                marks=pytest.mark.xfail(reason="_batches: array_split gives one empty batch"),
-            ),
+            pytest.param(False, id="in order of length"),
         ],
     )
     def test_a_part_without_moments_has_no_batches(self, log, train, catalogue, shuffle):

@@ -52,9 +52,7 @@ def test_a_folder_that_is_no_log(tmp_path):
         "behaviors.bin",
         "behavior_offsets.npy",
         *(
-            pytest.param(
-                name, marks=pytest.mark.xfail(reason="PreparedLog does not check its own files")
-            )
+            pytest.param(name)
             for name in (
                 "impressions.bin",
                 "impression_offsets.npy",
