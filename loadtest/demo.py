@@ -83,7 +83,7 @@ def run_demo(options: DemoOptions) -> None:
 
 def _synthetic_log(folder: Path) -> Path:
     log = folder / "world.parquet"
-    _step("loadtest", "world", log, "--users", "600", "--history-length", "300", "--memory", "250")
+    _step("loadtest", "world", log, "--users", "3000", "--history-length", "150", "--memory", "140")
     return log
 
 

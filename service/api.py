@@ -1,7 +1,9 @@
 """The routes: HTTP in, HTTP out, and nothing else."""
 
+import asyncio
 import time
-from typing import Annotated
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Header, Request, Response
@@ -37,6 +39,23 @@ router = APIRouter()
 def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
+
+
+_CLIENT_LEFT = 499  # nginx' number: nobody reads it but the metrics
+T = TypeVar("T")
+
+
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return the result; cancel the work and return None when the client closes its connection."""
+    working = asyncio.create_task(work)
+    # The body has been read: the next message can only be the disconnect.
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 @router.post(
@@ -79,7 +98,7 @@ async def score(
             [behavior.item_id for behavior in body.history],
             [behavior.time for behavior in body.history],
         )
-    scored, queued_s = await services.batcher.submit(
+    scoring = services.batcher.submit(
         ScoreRequest(
             user_id=body.user_id,
             candidates=np.array(body.candidates, dtype=np.int64),
@@ -88,6 +107,10 @@ async def score(
         ),
         deadline=started + deadline_s,
     )
+    outcome = await _unless_client_leaves(request, scoring)
+    if outcome is None:
+        return Response(status_code=_CLIENT_LEFT)
+    scored, queued_s = outcome
     manifest = services.model.manifest
     answer = {
         "scores": scored.scores.tolist(),

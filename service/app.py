@@ -1,5 +1,6 @@
 """The ASGI application."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,11 +10,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import problems
 from service.api import router
 from service.body_limit import BodyLimit
+from service.errors import ServiceError
 from service.history import HistoryStore
 from service.model import Model
 from service.settings import Settings
 from service.wiring import running
 
+_log = logging.getLogger(__name__)
 _ROUTES = frozenset({"/score", "/events", "/models", "/healthz", "/readyz", "/metrics"})
 
 
@@ -30,17 +33,30 @@ def create_app(settings: Settings, model: Model, *, history: HistoryStore | None
         title="Mneme",
         summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
         lifespan=lifespan,
-        strict_content_type=False,  # a body is JSON, whatever its sender calls it
     )
     app.include_router(router)
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(_CountAnswers)
+    app.add_middleware(_JsonBody)
+    app.add_middleware(_AlwaysAnswer)
     return app
 
 
-class _CountAnswers:
-    """ASGI middleware: counts answers by route and status, whoever gave them."""
+class _JsonBody:
+    """ASGI middleware: a body is JSON, whatever its sender calls it. curl says form."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = [(k, v) for k, v in scope["headers"] if k != b"content-type"]
+            scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        await self._app(scope, receive, send)
+
+
+class _AlwaysAnswer:
+    """ASGI middleware: counts answers by route and status, and answers where nobody else did."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -50,12 +66,23 @@ class _CountAnswers:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
                 # Paths come from outside: only known ones may become label values.
                 route = scope["path"] if scope["path"] in _ROUTES else "other"
                 services = scope["app"].state.services
                 services.metrics.requests.labels(route, message["status"]).inc()
+                started = True
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception as error:  # whatever it is, the client must hear of it
+            if started:
+                raise
+            _log.exception("unexpected error")
+            answer = problems.problem_response(ServiceError(f"unexpected {type(error).__name__}"))
+            await answer(scope, receive, counted)

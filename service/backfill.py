@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from redis import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from contract.errors import RecordError
 from contract.history_log import HistoryLog
-from contract.records import RECORD, check_length
+from contract.records import decode_records
 from service.errors import HistoryUnavailableError
 from service.history import history_key
 
@@ -17,7 +17,7 @@ CHUNK_USERS = 500
 _MAX_ATTEMPTS = 10
 # KEYS[1] history; ARGV: the value that was merged, the merged value.
 _REPLACE_IF_SAME = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL')
 return 1
 """
@@ -49,7 +49,7 @@ def backfill(
     """
     report = BackfillReport(written=0, merged=0, unchanged=0, corrupt=[])
     try:
-        for chunk in _chunks(log, prefix, keep):
+        for n_users, chunk in _chunks(log, prefix, keep):
             pipeline = redis.pipeline(transaction=False)
             for key, raw in chunk.items():
                 pipeline.set(key, raw, nx=True)
@@ -57,11 +57,12 @@ def backfill(
                 key for key, done in zip(chunk, pipeline.execute(), strict=True) if done is None
             ]
             report.written += len(chunk) - len(existing)
-            _merge(redis, {key: chunk[key] for key in existing}, report)
-            progress(len(chunk))
+            _merge(redis, {key: chunk[key] for key in existing}, report, prefix)
+            progress(n_users)
     except (RedisError, OSError) as error:
         raise HistoryUnavailableError(
-            f"Redis did not answer: {error}; what was loaded stays, run the command again"
+            # Escaped: redis-py quotes the command, and with it bytes of records.
+            f"Redis did not answer: {str(error)!a}; what was loaded stays, run the command again"
         ) from error
     return report
 
@@ -72,8 +73,7 @@ def merge_histories(stored: bytes, loaded: bytes) -> bytes:
 
     Raises RecordError when `stored` is no history.
     """
-    check_length(len(stored))
-    stored_N, loaded_N = (np.frombuffer(raw, dtype=RECORD) for raw in (stored, loaded))
+    stored_N, loaded_N = decode_records(stored), decode_records(loaded)
     missing_N = loaded_N[~np.isin(loaded_N, stored_N)]
     if not missing_N.size:
         return stored
@@ -81,16 +81,16 @@ def merge_histories(stored: bytes, loaded: bytes) -> bytes:
     return both[np.argsort(both["time"], kind="stable")].tobytes()
 
 
-def _chunks(log: HistoryLog, prefix: str, keep: int) -> Iterator[dict[bytes, bytes]]:
+def _chunks(log: HistoryLog, prefix: str, keep: int) -> Iterator[tuple[int, dict[bytes, bytes]]]:
     for start in range(0, len(log), CHUNK_USERS):
         users = range(start, min(start + CHUNK_USERS, len(log)))
         histories = {
             history_key(prefix, log.user_id(user)): log.history(user, newest=keep) for user in users
         }
-        yield {key: raw for key, raw in histories.items() if raw}
+        yield len(users), {key: raw for key, raw in histories.items() if raw}
 
 
-def _merge(redis: Redis, chunk: dict[bytes, bytes], report: BackfillReport) -> None:
+def _merge(redis: Redis, chunk: dict[bytes, bytes], report: BackfillReport, prefix: str) -> None:
     replace = redis.register_script(_REPLACE_IF_SAME)
     pending = dict(chunk)
     for _ in range(_MAX_ATTEMPTS):
@@ -106,7 +106,7 @@ def _merge(redis: Redis, chunk: dict[bytes, bytes], report: BackfillReport) -> N
             try:
                 merged = _merged(value, loaded)
             except RecordError:
-                report.corrupt.append(key.decode().partition(":")[2])
+                report.corrupt.append(key.decode().removeprefix(f"{prefix}:"))
                 del pending[key]
                 continue
             if merged == value:
@@ -127,6 +127,8 @@ def _merge(redis: Redis, chunk: dict[bytes, bytes], report: BackfillReport) -> N
 
 
 def _merged(stored: object, loaded: bytes) -> bytes:
-    if isinstance(stored, ResponseError) or not isinstance(stored, bytes):
+    if stored is None:  # it expired since it was found there
+        return loaded
+    if not isinstance(stored, bytes):
         raise RecordError("the key holds something other than a string")
     return merge_histories(stored, loaded)

@@ -111,8 +111,10 @@ class Batcher(Generic[RequestT, AnswerT]):
         now = time.perf_counter()
         while self._queue:
             first = self._queue[0]
-            widest = max(widest, first.width)
-            if batch and (len(batch) + 1) * widest * self._unit_work > self._max_batch_work:
+            is_live = not first.answer.done() and now <= first.deadline
+            widened = max(widest, first.width)
+            work = (len(batch) + 1) * widened * self._unit_work
+            if is_live and batch and work > self._max_batch_work:
                 break
             self._queue.popleft()
             self._count(-first.width * self._unit_work)
@@ -126,6 +128,7 @@ class Batcher(Generic[RequestT, AnswerT]):
                 )
             else:
                 batch.append(first)
+                widest = widened
         return batch
 
     async def _answer(self, batch: Sequence[_Pending[RequestT, AnswerT]]) -> None:
@@ -133,6 +136,7 @@ class Batcher(Generic[RequestT, AnswerT]):
         answers: Sequence[AnswerT | BaseException]
         try:
             answers = await self._run([pending.request for pending in batch])
+            assert len(answers) == len(batch), f"{len(answers)} answers to {len(batch)} requests"
         except asyncio.CancelledError:
             for pending in batch:
                 pending.answer.cancel()

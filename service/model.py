@@ -110,6 +110,11 @@ def _open_session(folder: Path, provider: Provider, threads: int) -> ort.Inferen
         # Without this, nodes that the GPU cannot run move to the CPU silently.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     name = _PROVIDERS[provider]
+    if name not in ort.get_available_providers():
+        raise BundleError(
+            f"bundle {folder}: cannot run on {provider}: this onnxruntime has no {name}, only "
+            f"{', '.join(ort.get_available_providers())}"
+        )
     try:
         session = ort.InferenceSession(folder / MODEL, options, providers=[name])
     except Exception as error:  # onnxruntime's errors share no base class but Exception

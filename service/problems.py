@@ -22,7 +22,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected_error)
 
 
 def problem_response(
@@ -94,6 +93,12 @@ def _field(location: Sequence[int | str]) -> str:
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, RecursionError | ValueError):
+        # FastAPI's word for a body that json.loads gives up on, other than by JSONDecodeError.
+        reason = f"not readable as JSON: {error.__cause__}"
+        return problem_response(
+            InvalidRequestError(f"body: {reason}"), [{"field": "body", "reason": reason}]
+        )
     title = HTTPStatus(error.status_code).phrase
     return _response(
         error.status_code,
@@ -102,8 +107,3 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
         str(error.detail),
         dict(error.headers or {}),
     )
-
-
-async def _unexpected_error(_: Request, error: Exception) -> JSONResponse:
-    # Starlette logs the traceback; the client learns no more than that it was not its fault.
-    return problem_response(ServiceError(f"unexpected {type(error).__name__}"))

@@ -151,9 +151,15 @@ class BatchScorer:
     async def _infer(self, inputs: ModelInputs) -> NDArray[np.float32]:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._device, self.model.run, inputs)
+            scores_BC = await loop.run_in_executor(self._device, self.model.run, inputs)
         except Exception as error:  # onnxruntime's errors share no base class but Exception
             raise ModelFailedError(f"the model failed: {error}") from error
+        if scores_BC.shape != inputs.candidate_items.shape:
+            raise ModelFailedError(
+                f"the model gave scores of shape {scores_BC.shape}, expected "
+                f"{inputs.candidate_items.shape}"
+            )
+        return scores_BC
 
     def _answer(
         self,

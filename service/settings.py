@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.connection import parse_url
 
 PREFIX = "MNEME_"
 
@@ -30,7 +31,7 @@ class Settings(BaseSettings):
     bundle: Path = Field(description="Folder of the bundle to serve.")
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
-        validation_alias=AliasChoices("redis_url", "MNEME_REDIS_URL", "REDIS_URL"),
+        validation_alias=AliasChoices("MNEME_REDIS_URL", "redis_url", "REDIS_URL"),
         description="Redis with the histories.",
     )
     key_prefix: Annotated[str, Field(min_length=1)] = Field(
@@ -70,6 +71,12 @@ class Settings(BaseSettings):
     max_clock_skew_s: Annotated[int, Field(ge=0)] = Field(
         default=86_400, description="How far in the future an event may lie."
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_a_redis_url(cls, url: str) -> str:
+        parse_url(url)  # type: ignore[no-untyped-call]  # redis-py is untyped here
+        return url
 
 
 def read_settings(flags: Mapping[str, str]) -> Settings:

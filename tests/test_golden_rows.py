@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from redis.asyncio import Redis
 
-from contract.bundle import Manifest
+from contract.bundle import REQUIRED_FILES, FileEntry, Manifest
 from contract.catalogue import Catalogue
 from contract.encoding import ModelInputs
 from contract.records import decode_records
@@ -31,7 +31,20 @@ class RecordingModel:
     def __init__(self) -> None:
         self.catalogue: Catalogue = CATALOGUE
         self.inputs: list[ModelInputs] = []
-        self.manifest = Manifest.model_construct(features=SPEC)
+        self.manifest = Manifest(
+            format_version=1,
+            model_name="recording",
+            model_version="1",
+            score_kind="affinity",
+            features=SPEC,
+            n_items=len(CATALOGUE),
+            golden_tolerance=1e-3,
+            metrics={},
+            training_config={},
+            data_fingerprint="",
+            produced_with={},
+            files={name: FileEntry(sha256="0" * 64, size_bytes=0) for name in REQUIRED_FILES},
+        )
 
     def run(self, inputs: ModelInputs) -> np.ndarray:
         self.inputs.append(inputs)

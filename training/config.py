@@ -56,9 +56,9 @@ class DataConfig(_Settings):
     """Which samples are made of a prepared log.
 
     `samples`: the log's labelled impressions, or each behavior with `n_negatives` sampled ones;
-    "auto" takes impressions where the log has labels. `min_item_count`: items that were
-    chosen and shown less often in the training part are unknown items. `max_candidates`: of one moment. `unknown_rate`: share
-    of items shown as unknown in training.
+    "auto" takes impressions where the log has labels. `min_item_count`: items that were chosen and
+    shown less often in the training part are unknown items. `max_candidates`: of one moment.
+    `unknown_rate`: share of items shown as unknown in training.
     """
 
     split: SplitName = "time"

@@ -229,8 +229,8 @@ class _Run:
         auc = self.worker.broadcast(metrics["auc"])
         if math.isnan(auc):
             raise TrainingError(
-                f"epoch {done.epoch + 1}: the validation AUC is not a number: training diverged, or "
-                "the validation part holds one label only"
+                f"epoch {done.epoch + 1}: the validation AUC is not a number: training diverged, "
+                "or the validation part holds one label only"
             )
         best_auc, best_epoch = done.best_auc, done.best_epoch
         if auc > best_auc:

@@ -8,14 +8,14 @@ from contract.encoding import encode
 from contract.golden import GoldenRows
 from exporter.bundles import export
 from exporter.errors import ExportError
-from exporter.parity import VALUE_TOLERANCE, open_session
+from exporter.parity import VALUE_TOLERANCE, ParityRow, open_session
 from tests.exporter.conftest import MODELS
 from training.errors import CheckpointError
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_is_exported_and_equal(checkpoint, tmp_path, model):
-    table = []
+    table: list[ParityRow] = []
     manifest = export(checkpoint(model), tmp_path / "bundle", report=table.extend)
     verify_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
     assert {row.n_candidates for row in table} == {1, 10, 500}

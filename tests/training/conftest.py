@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from loadtest.world import WorldSettings, make_world, write_log
-from training.config import RunConfig, parse_config
 from training.data.log import PreparedLog
 from training.data.prepare import PrepareOptions, prepare
 from training.data.readers import LogSource

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ from training.trainer import CHECKPOINT, CONFIG, METRICS, MODEL, REPORT, batch_l
 ALONE = Worker(device=torch.device("cpu"))
 
 
-def run(config: RunConfig, log: PreparedLog, folder: Path, **options: bool):
-    return train(config, log, folder, ALONE, show_progress=False, **options)
+def run(config: RunConfig, log: PreparedLog, folder: Path, resume: bool = False):
+    return train(config, log, folder, ALONE, show_progress=False, resume=resume)
 
 
-def lines(folder: Path) -> list[dict[str, float]]:
+def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 

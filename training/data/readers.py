@@ -213,8 +213,8 @@ def _item(frame: pl.LazyFrame, dtype: pl.DataType, path: Path, *, base36: bool) 
     names = frame.select(column.n_unique().alias("names"), number.n_unique().alias("numbers"))
     if (counts := names.collect(engine="streaming").row(0))[0] != counts[1]:
         raise LogError(
-            f"{path}: {counts[0]} item names make {counts[1]} numbers in base 36: names that differ "
-            "in case or in leading zeros only cannot be told apart"
+            f"{path}: {counts[0]} item names make {counts[1]} numbers in base 36: names that "
+            "differ in case or in leading zeros only cannot be told apart"
         )
     return number
 

@@ -15,8 +15,8 @@ def test_a_behavior_is_the_sum_of_item_buckets_and_position():
     expected = (
         items.items.weight[rows[0, 10]]
         + encoder.positions.weight[10]
-        + encoder.buckets[0].weight[buckets[0, 10, 0]]
-        + encoder.buckets[1].weight[buckets[0, 10, 1]]
+        + encoder.buckets[0](buckets[0, 10, 0])
+        + encoder.buckets[1](buckets[0, 10, 1])
     )
     torch.testing.assert_close(encoded[0, 10], expected)
 
