@@ -72,13 +72,13 @@ def run_demo(options: DemoOptions) -> None:
             redis_url = stack.enter_context(redis_server())
         environment = {**os.environ, "REDIS_URL": redis_url, "MNEME_BUNDLE": str(bundle)}
         _step("service", "backfill", prepared, environment=environment)
-        url = stack.enter_context(_service(environment, options.port))
+        service, url = stack.enter_context(_service(environment, options.port))
         _print_aucs(options.folder)
         with httpx.Client(base_url=url, headers={"X-Deadline-Ms": _DEADLINE_MS}) as client:
             _show_scores(client, HistoryLog(prepared), np.load(bundle / "catalogue.npy"))
         if not options.once:
             print(f"\nserving at {url} (try {url}/docs); Ctrl-C ends it", flush=True)
-            signal.pause()
+            raise DemoError(f"the service ended with status {service.wait()}")
 
 
 def _synthetic_log(folder: Path) -> Path:
@@ -115,7 +115,9 @@ def _child(
 
 
 @contextmanager
-def _service(environment: dict[str, str], port: int) -> Iterator[str]:
+def _service(
+    environment: dict[str, str], port: int
+) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = ["-m", "service", "--port", str(port)]
@@ -128,7 +130,7 @@ def _service(environment: dict[str, str], port: int) -> Iterator[str]:
             if time.monotonic() > deadline:
                 raise DemoError(f"the service was not ready within {_START_TIMEOUT_S:.0f} s")
             time.sleep(0.1)
-        yield url
+        yield process, url
 
 
 def _is_ready(url: str) -> bool:
