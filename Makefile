@@ -9,7 +9,7 @@ NAME ?= demo-imn-3p-plus
 RUN_FOLDER ?= runs/$(NAME)
 BUNDLE ?= bundles/$(NAME)
 
-.PHONY: install demo test check format train export serve load bench clean
+.PHONY: install demo test check format train export backfill serve bench clean
 
 install: $(VENV)/installed
 
@@ -47,7 +47,7 @@ serve: install
 	exec $(RUN) -m service --bundle $(BUNDLE)
 
 # Fills Redis (REDIS_URL) with the histories of a prepared log.
-load: install
+backfill: install
 	$(RUN) -m service backfill $(LOG) --bundle $(BUNDLE)
 
 # Prints the tables of docs/results; takes minutes, gates nothing.

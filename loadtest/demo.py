@@ -54,7 +54,7 @@ class DemoOptions:
 
 def run_demo(options: DemoOptions) -> None:
     """Run all steps; raises DemoError when one fails. Leaves no process behind."""
-    _end_on_sigterm()
+    _end_on_signals()
     _empty(options.folder)
     with ExitStack() as stack:
         log = options.log or _synthetic_log(options.folder)
@@ -187,9 +187,11 @@ def _empty(folder: Path) -> None:
     marker.touch()
 
 
-def _end_on_sigterm() -> None:
-    # As Ctrl-C does: the blocks that hold child processes end them.
+def _end_on_signals() -> None:
+    # Both end the blocks that hold child processes. SIGINT is named too: a shell that starts this
+    # in the background has it ignored.
     def interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
