@@ -194,7 +194,7 @@ def test_two_processes_train_the_model_of_one(world_log, tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=0",
+        "--standalone",
     ]
     subprocess.run(
         [*torchrun, "-m", "training", *arguments, str(tmp_path / "two"), "--no-progress"],
