@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 # Where the verbs below read and write; override any of them on the command line.
 LOG ?= demo/log
-NAME ?= demo-imn-3p-plus
+NAME ?= demo-imn-3p
 RUN_FOLDER ?= runs/$(NAME)
 BUNDLE ?= bundles/$(NAME)
 
@@ -36,7 +36,7 @@ format: install
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-# make train NAME=demo-imn-3p-plus LOG=<prepared log>
+# make train NAME=demo-imn-3p LOG=<prepared log>
 train: install
 	$(RUN) -m training train $(NAME) $(LOG) $(RUN_FOLDER) --resume
 

@@ -94,7 +94,9 @@ class IterativeMemoryNetwork(nn.Module):
         self.transforms = nn.ModuleList(
             nn.Linear(embedding_dim, embedding_dim, bias=False) for _ in range(enhancement_steps)
         )
-        self.enhancement = _retaining_gru(embedding_dim) if enhancement_steps else None
+        self.enhancement = (
+            nn.GRUCell(2 * embedding_dim, embedding_dim) if enhancement_steps else None
+        )
         self.head = MLP(2 * embedding_dim, head_units)
 
     def forward(
@@ -118,19 +120,3 @@ class IterativeMemoryNetwork(nn.Module):
                 user_XD = self.enhancement(inputs_XD, user_XD)
         logits_X: Tensor = self.head(torch.cat([user_XD, target_XD], dim=-1))
         return logits_X.view_as(candidate_items)
-
-
-def _retaining_gru(embedding_dim: int) -> nn.GRUCell:
-    """Return the cell of the enhancement, whose gates start open for the state.
-
-    torch's own start halves what the passes have read at every step, and the target drowns it.
-    Glorot weights and gate biases of 1 are how the authors' framework starts a GRU.
-    """
-    cell = nn.GRUCell(2 * embedding_dim, embedding_dim)
-    for weights in (cell.weight_ih, cell.weight_hh):
-        for gate in weights.data.chunk(3):
-            nn.init.xavier_uniform_(gate)
-    nn.init.zeros_(cell.bias_ih)
-    nn.init.zeros_(cell.bias_hh)
-    nn.init.ones_(cell.bias_ih.data[: 2 * embedding_dim])  # reset and update, not the candidate
-    return cell

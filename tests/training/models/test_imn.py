@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from tests.training.models.inputs import N_ROWS, SPEC, imn, inputs
+from tests.training.models.inputs import imn, inputs
 from tests.training.models.literal_imn import LiteralIMN, literal_weights
-from training.models.encoder import ItemEncoder
-from training.models.imn import IterativeMemoryNetwork, MultiWayAttention
+from training.models.imn import MultiWayAttention
 
 
 @pytest.mark.parametrize("enhancement_steps", [0, 3], ids=["3P", "3P+"])
@@ -119,20 +118,3 @@ def test_a_full_untrained_history_does_not_saturate_the_memory():
         history = torch.randn(1, 8, length, generator=torch.Generator().manual_seed(0)) * 0.1
         target = torch.zeros(1, 1, 8)
         assert 1 < attention(history, target, target).sum().item() < 20
-
-
-def test_the_enhancement_starts_by_keeping_what_was_read():
-    """More of the state than half survives each untrained step."""
-    model = IterativeMemoryNetwork(
-        ItemEncoder(N_ROWS, 32),
-        SPEC,
-        embedding_dim=32,
-        iterations=1,
-        enhancement_steps=3,
-        attention_units=4,
-        head_units=(8,),
-    )
-    assert model.enhancement is not None
-    state = torch.full((1, 32), 0.5)
-    kept = model.enhancement(torch.zeros(1, 64), state)
-    assert kept.mean().item() > 0.3
