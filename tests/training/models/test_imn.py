@@ -7,7 +7,7 @@ import torch
 
 from tests.training.models.inputs import imn, inputs
 from tests.training.models.literal_imn import LiteralIMN, literal_weights
-from training.models.imn import MultiWayAttention
+from training.models.imn import MultiWayAttention, with_ones
 
 
 @pytest.mark.parametrize("enhancement_steps", [0, 3], ids=["3P", "3P+"])
@@ -40,7 +40,7 @@ def test_attention_of_one_unit_by_hand():
     hidden = 1 / (1 + math.exp(-(-0.1 - 0.6 + 1.8 + 4.0 + 0.5)))
     expected = 1 / (1 + math.exp(-(2 * hidden - 1)))
     e, m, v = torch.tensor([[[2.0]]]), torch.tensor([[[3.0]]]), torch.tensor([[[5.0]]])
-    assert attention(e, m, v).item() == pytest.approx(expected)
+    assert attention(with_ones(e, torch.ones(1, 1)), m, v).item() == pytest.approx(expected)
     assert literal_weights(attention, e, m, v).item() == pytest.approx(expected)
 
 
@@ -115,6 +115,10 @@ def test_a_full_untrained_history_does_not_saturate_the_memory():
     """The weights of L behaviors add up to a few, however long the history is."""
     for length in (10, 1000):
         attention = MultiWayAttention(8, 8, history_length=length)
-        history = torch.randn(1, 8, length, generator=torch.Generator().manual_seed(0)) * 0.1
+        history = torch.randn(1, length, 8, generator=torch.Generator().manual_seed(0)) * 0.1
         target = torch.zeros(1, 1, 8)
-        assert 1 < attention(history, target, target).sum().item() < 20
+        assert (
+            1
+            < attention(with_ones(history, torch.ones(1, length)), target, target).sum().item()
+            < 20
+        )
