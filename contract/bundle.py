@@ -29,6 +29,7 @@ INPUT_NAMES = ("history_items", "history_buckets", "candidate_items")
 OUTPUT_NAME = "scores"
 
 ScoreKind = Literal["probability", "affinity"]
+Precision = Literal["fp32", "tf32", "fp16"]
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -47,6 +48,9 @@ class Manifest(BaseModel):
     `score_kind`: a click `probability`, or an `affinity`, of which only the order means something.
     `golden_tolerance`: largest absolute difference of a served golden score.
     `produced_with`: versions of the programs that made the bundle, and the ONNX opset.
+    `precision`: `tf32` allows the device to round the factors of matrix products to 10 mantissa
+    bits; `fp16` is a graph of float16 weights. `auc_change`: AUC on the test part minus that of
+    the fp32 model; None for fp32, and where it was not measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +62,8 @@ class Manifest(BaseModel):
     features: FeatureSpec
     n_items: Annotated[int, Field(ge=0)]
     golden_tolerance: Annotated[float, Field(gt=0)]
+    precision: Precision = "fp32"
+    auc_change: Annotated[float, Field(allow_inf_nan=False)] | None = None
     metrics: dict[str, float]
     training_config: dict[str, Any]
     data_fingerprint: str

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from contract import bundle
-from contract.bundle import Manifest, file_entry
+from contract.bundle import Manifest, Precision, file_entry
 from contract.catalogue import Catalogue
 from contract.encoding import encode, stack_candidates
 from contract.features import FeatureSpec
@@ -20,11 +20,18 @@ from contract.records import MAX_ITEM, encode_records
 from exporter.convert import OPSET, convert
 from exporter.errors import ExportError
 from exporter.parity import ParityRow, open_session, prove_signature, prove_values
+from exporter.precision import (
+    MIN_TOLERANCE,
+    aucs_on_test_part,
+    emulate,
+    halve,
+    measured_tolerance,
+)
 from training.checkpoint import TrainedModel, load_model
+from training.data.log import PreparedLog
 from training.folders import staged_folder
 from training.models.build import Scorer
 
-GOLDEN_TOLERANCE = 1e-3  # TF32 and reordered sums on a GPU stay well within it
 _GOLDEN_TIME = 1_700_000_000
 _GOLDEN_CANDIDATES = 10
 _VERSION_DIGITS = 12
@@ -35,32 +42,53 @@ def export(
     target: Path,
     *,
     model_version: str | None = None,
+    precision: Precision = "fp32",
+    log: Path | None = None,
     report: Callable[[list[ParityRow]], None] = lambda _: None,
+    report_aucs: Callable[[float, float], None] = lambda _fp32, _variant: None,
 ) -> Manifest:
     """Write the bundle of a trained model to the folder `target`, which must not exist.
 
-    `model_version`: the run's name and the head of the checkpoint's hash unless said. `report`
-    receives the parity table. Raises ExportError, or CheckpointError, and then writes nothing.
+    `model_version`: the run's name, the head of the checkpoint's hash and a precision other than
+    fp32, unless said. `log`: the prepared log of the run; on its test part the AUC of a variant is
+    compared with that of the fp32 model, and `report_aucs` receives both. `report` receives the
+    parity table of the fp32 graph. Golden scores are those of the fp32 model, whatever the
+    precision. Raises ExportError, CheckpointError or HistoryLogError, and then writes nothing.
     """
     trained = load_model(checkpoint)
-    spec = trained.config.features
+    prepared = None if log is None else _open_log(log, precision, trained, checkpoint)
+    spec, n_rows = trained.config.features, trained.catalogue.n_rows
     scorer = Scorer(trained.model, trained.score_kind).eval()
+    tolerance, auc_change = MIN_TOLERANCE, None
     try:
         with staged_folder(target) as staging:
             convert(scorer, spec, staging / bundle.MODEL)
             session = open_session(staging / bundle.MODEL)
             prove_signature(session, spec)
-            report(prove_values(session, scorer, spec, trained.catalogue.n_rows))
+            report(prove_values(session, scorer, spec, n_rows))
+            if precision == "fp16":
+                halve(staging / bundle.MODEL)
+                session = open_session(staging / bundle.MODEL)
+                prove_signature(session, spec)
+            if precision != "fp32":
+                variant = emulate(scorer, precision)
+                tolerance = measured_tolerance(precision, [session, variant], scorer, spec, n_rows)
+                if prepared is not None:
+                    aucs = aucs_on_test_part(trained, prepared, [scorer, variant])
+                    report_aucs(*aucs)
+                    auc_change = aucs[1] - aucs[0]
             np.save(staging / bundle.CATALOGUE, trained.catalogue.item_ids)
             golden_rows(scorer, spec, trained.catalogue).save(staging / bundle.GOLDEN)
             manifest = Manifest(
                 format_version=bundle.FORMAT_VERSION,
                 model_name=trained.config.name,
-                model_version=model_version or _version(trained, checkpoint),
+                model_version=model_version or _version(trained, checkpoint, precision),
                 score_kind=trained.score_kind,
                 features=spec,
                 n_items=len(trained.catalogue),
-                golden_tolerance=GOLDEN_TOLERANCE,
+                golden_tolerance=tolerance,
+                precision=precision,
+                auc_change=auc_change,
                 metrics={k: v for k, v in trained.metrics.items() if np.isfinite(v)},
                 training_config=trained.config.model_dump(mode="json"),
                 data_fingerprint=trained.data_fingerprint,
@@ -115,6 +143,20 @@ def golden_rows(scorer: nn.Module, spec: FeatureSpec, catalogue: Catalogue) -> G
     )
 
 
-def _version(trained: TrainedModel, checkpoint: Path) -> str:
+def _open_log(
+    log: Path, precision: Precision, trained: TrainedModel, checkpoint: Path
+) -> PreparedLog:
+    if precision == "fp32":
+        raise ExportError("a log is for measuring tf32 or fp16: fp32 has nothing to compare with")
+    prepared = PreparedLog(log)
+    if (found := prepared.header.fingerprint) != trained.data_fingerprint:
+        raise ExportError(
+            f"{log} has fingerprint {found}, {checkpoint} was trained on {trained.data_fingerprint}"
+        )
+    return prepared
+
+
+def _version(trained: TrainedModel, checkpoint: Path, precision: Precision) -> str:
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    return f"{trained.config.name}-{digest[:_VERSION_DIGITS]}"
+    suffix = "" if precision == "fp32" else f"-{precision}"
+    return f"{trained.config.name}-{digest[:_VERSION_DIGITS]}{suffix}"

@@ -55,6 +55,15 @@ def test_a_whole_bundle_is_accepted(folder):
     assert manifest.features.history_length == 10
 
 
+def test_a_bundle_from_before_precisions_is_fp32(folder):
+    path = folder / bundle.MANIFEST
+    fields = json.loads(path.read_text())
+    del fields["precision"], fields["auc_change"]
+    path.write_text(json.dumps(fields))
+    manifest = read_manifest(folder)
+    assert (manifest.precision, manifest.auc_change) == ("fp32", None)
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(BundleError, match="nowhere: no such folder"):
         read_manifest(tmp_path / "nowhere")
@@ -86,6 +95,7 @@ def test_another_format_version_is_refused(folder, version):
         pytest.param({"surprise": 1}, "surprise: Extra inputs", id="unknown key"),
         pytest.param({"score_kind": "rank"}, "score_kind: Input should be", id="unknown kind"),
         pytest.param({"n_items": -1}, "n_items: Input should be", id="negative count"),
+        pytest.param({"precision": "fp8"}, "precision: Input should be", id="unknown precision"),
         pytest.param({"files": {}}, "model.onnx, catalogue.npy, golden.npz must be", id="no files"),
     ],
 )

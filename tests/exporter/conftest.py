@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from contract.catalogue import Catalogue
+from tests.training.conftest import world_log as world_log
+from tests.training.runs import run_config
 from training.checkpoint import TrainedModel, save_model
 from training.config import parse_config
+from training.data.log import PreparedLog
+from training.distributed import Worker
 from training.models.build import build_model
+from training.trainer import MODEL, train
 
 MODELS = {
     "imn": {"name": "imn", "embedding_dim": 8, "iterations": 2, "head_units": [8]},
@@ -27,7 +32,7 @@ MODELS = {
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that saves an untrained model as a checkpoint."""
 
-    def save(model: str = "imn", history_length: int = 30) -> Path:
+    def save(model: str = "imn", history_length: int = 30, n_items: int = 40) -> Path:
         config = parse_config(
             {
                 "name": "tiny",
@@ -36,14 +41,15 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
             },
             model,
         )
-        counts, categories = torch.arange(42), torch.arange(42) % 5
+        counts = torch.arange(n_items + 2)
+        categories = counts % 5
         network = build_model(
             config.model, config.features, item_counts=counts, category_of_row=categories, seed=1
         )
         trained = TrainedModel(
             config=config,
             model=network,
-            catalogue=Catalogue(np.arange(1, 41) * 1000),
+            catalogue=Catalogue(np.arange(1, n_items + 1) * 1000),
             metrics={"auc": 0.7, "gauc": float("nan")},
             data_fingerprint="fingerprint",
         )
@@ -52,3 +58,12 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(world_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was trained on `world_log`, for one epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    alone = Worker(device=torch.device("cpu"))
+    train(run_config(max_epochs=1), PreparedLog(world_log), folder, alone, show_progress=False)
+    return folder / MODEL

@@ -1,7 +1,9 @@
 """A checkpoint becomes a bundle that is proven equal."""
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
 
 from contract.bundle import GOLDEN, MODEL, read_catalogue, read_manifest, verify_files
 from contract.encoding import encode
@@ -9,7 +11,9 @@ from contract.golden import GoldenRows
 from exporter.bundles import export
 from exporter.errors import ExportError
 from exporter.parity import VALUE_TOLERANCE, ParityRow, open_session
+from service.model import OnnxModel
 from tests.exporter.conftest import MODELS
+from training.checkpoint import load_model
 from training.errors import CheckpointError
 
 
@@ -91,3 +95,64 @@ def test_a_failed_proof_leaves_nothing_behind(checkpoint, tmp_path):
     with pytest.raises(ExportError, match="refused"):
         export(path, tmp_path / "bundle", report=refuse)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_float16_bundle_is_served(checkpoint, tmp_path, model):
+    export(checkpoint(model), tmp_path / "bundle", precision="fp16")
+    manifest = OnnxModel(tmp_path / "bundle").manifest  # scores the golden rows
+    assert manifest.precision == "fp16"
+    assert manifest.model_version.endswith("-fp16")
+    assert manifest.auc_change is None
+    assert 1e-3 <= manifest.golden_tolerance < 1e-2
+
+
+def test_a_float16_bundle_has_half_the_size(checkpoint, tmp_path):
+    path = checkpoint("youtube_dnn", n_items=50_000)
+    graphs = {}
+    for precision in ("fp32", "fp16"):
+        export(path, tmp_path / precision, precision=precision)
+        graphs[precision] = tmp_path / precision / MODEL
+    weights = onnx.load(graphs["fp16"]).graph.initializer
+    assert TensorProto.FLOAT16 in {weight.data_type for weight in weights}
+    assert TensorProto.FLOAT not in {weight.data_type for weight in weights}
+    assert 0.5 < graphs["fp16"].stat().st_size / graphs["fp32"].stat().st_size < 0.6
+
+
+def test_a_tf32_bundle_differs_in_its_manifest_only(checkpoint, tmp_path):
+    path = checkpoint()
+    fp32 = export(path, tmp_path / "fp32")
+    tf32 = export(path, tmp_path / "tf32", precision="tf32")
+    assert tf32.files == fp32.files  # size and hash of graph, catalogue and golden rows
+    assert (fp32.precision, tf32.precision) == ("fp32", "tf32")
+    assert tf32.model_version == f"{fp32.model_version}-tf32"
+    OnnxModel(tmp_path / "tf32")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_the_change_in_auc_is_measured(trained_checkpoint, world_log, tmp_path, precision):
+    reported: list[tuple[float, float]] = []
+    manifest = export(
+        trained_checkpoint,
+        tmp_path / "bundle",
+        precision=precision,
+        log=world_log,
+        report_aucs=lambda *aucs: reported.append(aucs),
+    )
+    [(fp32, variant)] = reported
+    assert fp32 == pytest.approx(load_model(trained_checkpoint).metrics["auc"], abs=1e-9)
+    assert manifest.auc_change == variant - fp32
+    assert abs(variant - fp32) < 0.01
+    assert read_manifest(tmp_path / "bundle").auc_change == manifest.auc_change
+
+
+def test_another_log_than_the_run_s_is_refused(checkpoint, world_log, tmp_path):
+    path = checkpoint()
+    with pytest.raises(ExportError, match=r"log has fingerprint \w+, .*model\.pt was trained"):
+        export(path, tmp_path / "bundle", precision="fp16", log=world_log)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_fp32_has_nothing_to_compare_with(checkpoint, world_log, tmp_path):
+    with pytest.raises(ExportError, match="fp32 has nothing to compare with"):
+        export(checkpoint(), tmp_path / "bundle", log=world_log)
