@@ -1,0 +1,570 @@
+"""An open-loop HTTP load client: requests leave when they are due, however the server does.
+
+A closed-loop client (send, wait, send again) slows down together with the server that it measures,
+so the requests that would have suffered are never sent (*coordinated omission*; Schroeder,
+Wierman and Harchol-Balter, "Open Versus Closed: A Cautionary Tale", NSDI 2006). Here all arrival
+times are drawn beforehand, and a latency runs from the *scheduled* arrival to the last byte of the
+answer: what a stall, a full connection pool or the client itself adds is in the number.
+
+Child processes send, on uvloop, so that the caller's event loop, garbage collector and affinity
+stay out of the measurement. Linux only: arrivals wait on a timerfd, because timers of the event
+loop tick in milliseconds, and a median answer may take no longer than that.
+"""
+
+import asyncio
+import ctypes
+import gc
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Literal, cast
+
+import httptools
+import numpy as np
+import uvloop
+from numpy.typing import NDArray
+
+Arrivals = Literal["poisson", "constant"]
+
+_OK = 200
+_NO_ANSWER = 0
+_NO_TICKET = -1
+_WARM_UP_REQUESTS = 16
+# From the moment that every process is ready to the first arrival: all must have read the time.
+_LEAD_S = 0.05
+_SWEEP_S = 0.02
+_TFD_NONBLOCK = os.O_NONBLOCK
+_TFD_TIMER_ABSTIME = 1
+
+
+class LoadError(RuntimeError):
+    """A sending process ended before it had sent everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where requests go: `POST path` to `host`:`port`, with `headers` beside Host and
+    Content-Length, which are added.
+    """
+
+    host: str
+    port: int
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def request(self, body: bytes) -> bytes:
+        """Return the whole request, head and body."""
+        length = str(len(body))
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        headers = {"Host": f"{host}:{self.port}", **self.headers, "Content-Length": length}
+        fields = (f"{name}: {value}" for name, value in headers.items())
+        lines = [f"POST {self.path} HTTP/1.1", *fields]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadResult:
+    """What became of N scheduled requests.
+
+    `rate`: offered requests a second. `duration_s`: requests were scheduled in [0, duration_s).
+    All arrays are float64 [N], one entry per scheduled request, in order of arrival:
+    `arrivals_s` when it was due, counted from the start; `latencies_s` from then to the last byte
+    of its answer, `inf` for anything other than a 200 within the timeout; `send_delays_s` how
+    late the client came to it. `statuses`: number of requests by HTTP status, 0 where no answer
+    came within the timeout or the connection failed. `queued`: requests that found all allowed
+    connections busy and had to wait for one; their wait is in the latency. There are some where
+    the server is slow for its number of connections, or the client too busy to read its answers.
+    """
+
+    rate: float
+    duration_s: float
+    arrivals_s: NDArray[np.float64]
+    latencies_s: NDArray[np.float64]
+    send_delays_s: NDArray[np.float64]
+    statuses: dict[int, int]
+    queued: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.latencies_s)
+        if n == 0:
+            raise ValueError("a result needs at least one request")
+        if len(self.arrivals_s) != n or len(self.send_delays_s) != n:
+            raise ValueError(
+                f"{n} latencies, but {len(self.arrivals_s)} arrivals and "
+                f"{len(self.send_delays_s)} send delays"
+            )
+
+    @property
+    def late_sends_s(self) -> float:
+        """The p99 of `send_delays_s`: how far the client itself fell behind its schedule.
+
+        A client with CPU to spare stays well below a millisecond; more means that the latencies
+        are partly its own. A wait for a free connection is not in here (see `queued`), because a
+        slow server causes it too.
+        """
+        return _nearest_rank(self.send_delays_s, 99.0)
+
+    def percentile_s(self, q: float) -> float:
+        """Return the latency that q percent (0 .. 100) of ALL requests did not exceed, in seconds.
+
+        A refused or failed request counts as inf, it is never left out: a server must not look
+        faster by refusing more. Nearest rank, so the value is one that was measured.
+        """
+        return _nearest_rank(self.latencies_s, q)
+
+    def accepted_percentile_s(self, q: float) -> float:
+        """Return the same over the requests answered with 200 only; inf when there are none."""
+        return _nearest_rank(self._accepted_s, q)
+
+    def share_within(self, limit_s: float) -> float:
+        """Return the share (0 .. 1) of all requests that were answered with 200 within limit_s."""
+        return self._n_within(limit_s) / len(self.latencies_s)
+
+    def goodput(self, limit_s: float) -> float:
+        """Return how many requests a second were answered with 200 within limit_s."""
+        return self._n_within(limit_s) / self.duration_s
+
+    @property
+    def _accepted_s(self) -> NDArray[np.float64]:
+        return self.latencies_s[np.isfinite(self.latencies_s)]
+
+    def _n_within(self, limit_s: float) -> int:
+        return int(np.count_nonzero(self._accepted_s <= limit_s))
+
+
+def run_open_loop(
+    target: Target,
+    bodies: Sequence[bytes],
+    *,
+    rate: float,
+    duration_s: float,
+    arrivals: Arrivals = "poisson",
+    seed: int,
+    timeout_s: float = 2.0,
+    connections: int = 256,
+    processes: int = 1,
+    cores: Sequence[int] | None = None,
+) -> LoadResult:
+    """Offer `rate` requests a second for `duration_s` seconds; blocks until all are resolved.
+
+    Request i carries `bodies[i % len(bodies)]`. The traffic depends on `seed`, not on `processes`:
+    arrivals are drawn once and dealt out in turn. Every request is sent once and never again, not
+    even when the server closes the connection under it. An answer needs a Content-Length or
+    chunks: one that only the end of the connection delimits counts as none.
+
+    `timeout_s`: counts from the scheduled arrival, like the latency; the connection is closed then,
+    as a client would that gives up. `connections`: most open at a time, in all processes together.
+    A few unmeasured requests open connections first; they take the last of `bodies`. `cores`: what
+    the sending processes pin themselves to.
+
+    A server that is not there is a result like any other: every status is 0. Raises ValueError for
+    impossible arguments, LoadError when a sending process fails (its traceback goes to stderr).
+    """
+    for name, value in {"rate": rate, "duration_s": duration_s, "timeout_s": timeout_s}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not bodies:
+        raise ValueError("bodies must not be empty")
+    if not 1 <= processes <= connections:
+        raise ValueError(
+            f"processes must be within 1 .. connections ({connections}), got {processes}"
+        )
+    arrivals_s = draw_arrivals(rate, duration_s, arrivals, seed)
+    if len(arrivals_s) == 0:
+        raise ValueError(f"no request falls into {duration_s} s at {rate} requests a second")
+
+    processes = min(processes, len(arrivals_s))
+
+    requests = [target.request(body) for body in bodies]
+    jobs = [
+        _Job(
+            address=(target.host, target.port),
+            requests=requests,
+            order=np.arange(first, len(arrivals_s), processes) % len(requests),
+            arrivals_s=arrivals_s[first::processes],
+            timeout_s=timeout_s,
+            connections=connections // processes + (first < connections % processes),
+            cores=None if cores is None else list(cores),
+        )
+        for first in range(processes)
+    ]
+    outcomes = _run_jobs(jobs)
+
+    latencies_s, send_delays_s = np.empty_like(arrivals_s), np.empty_like(arrivals_s)
+    statuses: Counter[int] = Counter()
+    for first, outcome in enumerate(outcomes):
+        latencies_s[first::processes] = outcome.latencies_s
+        send_delays_s[first::processes] = outcome.send_delays_s
+        statuses.update(outcome.statuses)
+    return LoadResult(
+        rate=rate,
+        duration_s=duration_s,
+        arrivals_s=arrivals_s,
+        latencies_s=latencies_s,
+        send_delays_s=send_delays_s,
+        statuses=dict(sorted(statuses.items())),
+        queued=sum(outcome.queued for outcome in outcomes),
+    )
+
+
+def draw_arrivals(
+    rate: float, duration_s: float, arrivals: Arrivals, seed: int
+) -> NDArray[np.float64]:
+    """Return when requests are due, in seconds within [0, duration_s), ascending, float64 [N].
+
+    "poisson" has independent exponential gaps, as a crowd of people makes them: N varies around
+    `rate` * `duration_s`. "constant" has gaps of 1 / `rate`, and does not read `seed`.
+    """
+    if arrivals == "constant":
+        return np.arange(math.ceil(rate * duration_s - 1e-9)) / rate
+    rng = np.random.default_rng(seed)
+    drawn = np.empty(0)
+    while len(drawn) == 0 or drawn[-1] < duration_s:
+        start_s = drawn[-1] if len(drawn) else 0.0
+        gaps = rng.exponential(1.0 / rate, size=math.ceil(rate * duration_s) + 16)
+        drawn = np.concatenate([drawn, start_s + np.cumsum(gaps)])
+    return drawn[drawn < duration_s]
+
+
+def _nearest_rank(values: NDArray[np.float64], q: float) -> float:
+    # Interpolating, as numpy.percentile does, makes NaN out of infinities.
+    if not 0 <= q <= 100:
+        raise ValueError(f"q must be within 0 .. 100, got {q}")
+    if len(values) == 0:
+        return math.inf
+    # The subtrahend keeps 99.9 % of 1,000 at rank 999 whatever the product's last bit is.
+    rank = max(math.ceil(q * len(values) / 100 - 1e-9), 1)
+    return float(np.partition(values, rank - 1)[rank - 1])
+
+
+# Processes: the caller deals out jobs, waits until all are warm, and names one moment to start.
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """One process's part; n is its number of requests. `order`, int64 [n]: which of `requests`."""
+
+    address: tuple[str, int]
+    requests: list[bytes]
+    order: NDArray[np.int64]
+    arrivals_s: NDArray[np.float64]
+    timeout_s: float
+    connections: int
+    cores: list[int] | None
+
+
+class _Outcome:
+    """What became of n requests, by their tickets 0 .. n-1. Nothing has, at first."""
+
+    def __init__(self, n: int) -> None:
+        self.latencies_s = [math.inf] * n
+        self.send_delays_s = [0.0] * n
+        self.statuses = [_NO_ANSWER] * n
+        self.queued = 0
+        self.unresolved = n
+
+
+def _run_jobs(jobs: Sequence[_Job]) -> list[_Outcome]:
+    with ExitStack() as stack:
+        children = [stack.enter_context(_child()) for _ in jobs]
+        for child, job in zip(children, jobs, strict=True):
+            pickle.dump(job, _pipe(child.stdin))
+            _pipe(child.stdin).flush()
+        for child in children:
+            if not _pipe(child.stdout).readline():
+                raise LoadError(f"a sending process ended with status {child.wait()}")
+        # CLOCK_MONOTONIC is one clock for all processes.
+        start_s = time.monotonic() + _LEAD_S
+        for child in children:
+            _pipe(child.stdin).write(f"{start_s!r}\n".encode())
+            _pipe(child.stdin).flush()
+        outcomes: list[_Outcome] = []
+        for child in children:
+            written = _pipe(child.stdout).read()
+            if child.wait():
+                raise LoadError(f"a sending process ended with status {child.returncode}")
+            outcomes.append(pickle.loads(written))  # noqa: S301 # written by this very module
+        return outcomes
+
+
+@contextmanager
+def _child() -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a sending process, and end it with the block."""
+    # Not by multiprocessing: that imports the caller's main module again, whatever it drags in.
+    with subprocess.Popen(  # noqa: S603 # starts this module
+        [sys.executable, "-c", f"from {__name__} import _child_main; _child_main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # Ctrl-C in the terminal must reach the parent alone, which then ends its children.
+        process_group=0,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _pipe(file: IO[bytes] | None) -> IO[bytes]:
+    assert file is not None
+    return file
+
+
+def _child_main() -> None:
+    job: _Job = pickle.load(sys.stdin.buffer)  # noqa: S301 # written by this very module
+    if job.cores is not None:
+        os.sched_setaffinity(0, job.cores)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        outcome = runner.run(_send(job))
+    pickle.dump(outcome, sys.stdout.buffer)
+
+
+async def _send(job: _Job) -> _Outcome:
+    with closing(_Sender(job)) as sender:
+        n_warm_up = min(_WARM_UP_REQUESTS, job.connections)
+        last = [job.requests[-1 - i % len(job.requests)] for i in range(n_warm_up)]
+        await sender.send(last, [time.monotonic()] * n_warm_up)
+        requests = [job.requests[i] for i in job.order.tolist()]
+        # A collection would hold back sends and answers for milliseconds.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        sys.stdout.buffer.write(b"ready\n")
+        sys.stdout.buffer.flush()
+        start_s = float(await asyncio.to_thread(sys.stdin.buffer.readline))
+        return await sender.send(requests, (start_s + job.arrivals_s).tolist())
+
+
+class _Sender:
+    """The connections of one process, and the requests that it still has to see through.
+
+    An idle connection is taken from a stack: the one used last is the least likely to be closed
+    by the server meanwhile. Where none is idle the request waits in line, and a new connection is
+    opened, up to the limit; whichever connection is free first takes the head of the line.
+    """
+
+    def __init__(self, job: _Job) -> None:
+        self._address = job.address
+        self._limit = job.connections
+        self._timeout_s = job.timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._open: set[_Connection] = set()
+        self._idle: list[_Connection] = []
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._waiting: deque[int] = deque()
+        self._alarm = _Alarm(self._loop, self._send_due)
+
+    async def send(self, requests: list[bytes], due_s: list[float]) -> _Outcome:
+        """Send each request when it is due (CLOCK_MONOTONIC); return when all are resolved."""
+        self._requests, self._due_s = requests, due_s
+        self._outcome = _Outcome(len(due_s))
+        self._next = 0
+        self._finished = self._loop.create_future()
+        self._alarm.set(due_s[0])
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+        await self._finished
+        self._sweeper.cancel()
+        return self._outcome
+
+    def close(self) -> None:
+        self._alarm.close()
+        for task in self._connecting:
+            task.cancel()
+        for connection in self._open:
+            connection.abort()
+
+    def _send_due(self) -> None:
+        due_s, ticket = self._due_s, self._next
+        # Fixed for this wake-up: however late the client is, answers must be read in between.
+        now_s = time.monotonic()
+        while ticket < len(due_s) and due_s[ticket] <= now_s:
+            self._dispatch(ticket)
+            ticket += 1
+        self._next = ticket
+        if ticket < len(due_s):
+            self._alarm.set(due_s[ticket])
+
+    def _dispatch(self, ticket: int) -> None:
+        self._outcome.send_delays_s[ticket] = time.monotonic() - self._due_s[ticket]
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closing():
+                connection.send(ticket, self._requests[ticket])
+                return
+        self._outcome.queued += len(self._open) + len(self._connecting) >= self._limit
+        self._waiting.append(ticket)
+        self._connect_if_needed()
+
+    def _connect_if_needed(self) -> None:
+        while (
+            len(self._connecting) < len(self._waiting)
+            and len(self._open) + len(self._connecting) < self._limit
+        ):
+            task = self._loop.create_task(self._connect())
+            self._connecting.add(task)
+            task.add_done_callback(self._connected)
+
+    async def _connect(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._loop.create_connection(lambda: _Connection(self), *self._address)
+        except OSError:
+            # Each attempt is one request's, so a server that is away is not asked in a tight loop.
+            if self._waiting:
+                self._waiting.popleft()
+                self._resolve()
+
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        self._connect_if_needed()
+
+    def _resolve(self) -> None:
+        self._outcome.unresolved -= 1
+        if self._outcome.unresolved == 0:
+            self._finished.set_result(None)
+
+    def _sweep(self) -> None:
+        """Give up the requests whose time is over."""
+        overdue_s = time.monotonic() - self._timeout_s
+        while self._waiting and self._due_s[self._waiting[0]] < overdue_s:
+            self._waiting.popleft()
+            self._resolve()
+        for connection in self._open:
+            ticket = connection.ticket
+            if ticket != _NO_TICKET and self._due_s[ticket] < overdue_s:
+                connection.abort()
+        self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    # What connections report.
+
+    def made(self, connection: "_Connection") -> None:
+        self._open.add(connection)
+        self._use(connection)
+
+    def answered(self, connection: "_Connection", ticket: int, status: int) -> None:
+        latency_s = time.monotonic() - self._due_s[ticket]
+        if latency_s <= self._timeout_s:
+            self._outcome.statuses[ticket] = status
+            if status == _OK:
+                self._outcome.latencies_s[ticket] = latency_s
+        self._resolve()
+        if not connection.is_closing():
+            self._use(connection)
+
+    def lost(self, connection: "_Connection") -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        if connection.ticket != _NO_TICKET:
+            self._resolve()
+        self._connect_if_needed()
+
+    def _use(self, connection: "_Connection") -> None:
+        if self._waiting:
+            ticket = self._waiting.popleft()
+            connection.send(ticket, self._requests[ticket])
+        else:
+            self._idle.append(connection)
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection; `ticket` is the request in flight on it."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, sender: _Sender) -> None:
+        self._sender = sender
+        self._parser = httptools.HttpResponseParser(self)
+        self._status = 0
+        self._keep_alive = True
+        self.ticket = _NO_TICKET
+
+    def send(self, ticket: int, request: bytes) -> None:
+        self.ticket = ticket
+        self._transport.write(request)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._sender.made(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.abort()
+            return
+        if not self._status:
+            return
+        status, ticket = self._status, self.ticket
+        self._status, self.ticket = 0, _NO_TICKET
+        if ticket == _NO_TICKET:  # an answer that nobody asked for
+            self.abort()
+            return
+        if not self._keep_alive:
+            self._transport.close()
+        self._sender.answered(self, ticket, status)
+
+    def on_message_complete(self) -> None:
+        # Only notes: the parser disguises errors of its callbacks as errors of the server.
+        status = self._parser.get_status_code()
+        if self._status:  # a second answer to one request
+            self._keep_alive = False
+        elif status >= _OK:  # 1xx only announce the answer
+            self._status = status
+            self._keep_alive = self._parser.should_keep_alive()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self._sender.lost(self)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = [("interval", _Timespec), ("value", _Timespec)]
+
+
+class _Alarm:
+    """Calls back once at a set time, to some tens of microseconds: timerfd_create(2).
+
+    Python 3.13 has os.timerfd_create; until that is the oldest one supported, it is called in libc.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._settime = libc.timerfd_settime
+        self._fd: int = libc.timerfd_create(time.CLOCK_MONOTONIC, _TFD_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create failed")
+        self._spec = _Itimerspec()
+        self._spec_pointer = ctypes.byref(self._spec)
+        self._loop, self._ring = loop, ring
+        loop.add_reader(self._fd, self._on_readable)
+
+    def set(self, at_s: float) -> None:
+        """Ring at a time of CLOCK_MONOTONIC; at once where it has passed."""
+        seconds = int(at_s)
+        self._spec.value.seconds = seconds
+        self._spec.value.nanoseconds = int((at_s - seconds) * 1e9)
+        self._settime(self._fd, _TFD_TIMER_ABSTIME, self._spec_pointer, None)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+    def _on_readable(self) -> None:
+        os.read(self._fd, 8)
+        self._ring()
