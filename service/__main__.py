@@ -1,10 +1,14 @@
 """`python -m service` serves a bundle; `python -m service backfill LOG` loads histories."""
 
 import argparse
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import uvicorn
+from fastapi import FastAPI
 from redis import Redis
 from tqdm import tqdm
 
@@ -14,8 +18,15 @@ from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
 from service.errors import ServiceError
+from service.metrics import FOLDER_VARIABLE
 from service.model import OnnxModel
-from service.settings import Settings, SettingsError, add_flags, read_settings
+from service.settings import (
+    Settings,
+    SettingsError,
+    add_flags,
+    read_settings,
+    write_settings,
+)
 
 _BACKFILL_TIMEOUT_S = 30.0
 
@@ -36,19 +47,47 @@ def _serve(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     add_flags(parser)
     settings = read_settings(vars(parser.parse_args(arguments)))
+    missing = [name for name in ("uvloop", "httptools") if find_spec(name) is None]
+    if missing:
+        raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
+    # With several workers this is a rehearsal: what refuses to start must not start again and
+    # again in each of them.
     model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
-    manifest = model.manifest
-    print(f"serving {manifest.model_version} at http://{settings.host}:{settings.port}", flush=True)
+    version = model.manifest.model_version
+    print(f"serving {version} at http://{settings.host}:{settings.port}", flush=True)
+    if settings.workers == 1:
+        _listen(settings, create_app(settings, model))
+        return 0
+    del model
+    with TemporaryDirectory(prefix="mneme-metrics-") as folder:
+        # Workers are new processes: they read all of it when they begin.
+        os.environ.update(write_settings(settings))
+        os.environ[FOLDER_VARIABLE] = folder
+        _listen(settings, "service.__main__:worker_app")
+    return 0
+
+
+def worker_app() -> FastAPI:
+    """Return the application of one of several workers, by the settings in the environment."""
+    settings = read_settings({})
+    model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
+    return create_app(settings, model)
+
+
+def _listen(settings: Settings, app: FastAPI | str) -> None:
     uvicorn.run(
-        create_app(settings, model),
+        app,
+        factory=isinstance(app, str),
         host=settings.host,
         port=settings.port,
+        workers=settings.workers,
         loop="uvloop",
         http="httptools",
+        ws="none",
         log_level="warning",
         access_log=False,
+        server_header=False,
     )
-    return 0
 
 
 def _backfill(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from service.body_limit import BodyLimit
 from service.errors import ServiceError
 from service.history import HistoryStore
 from service.model import Model
+from service.score_endpoint import score_endpoint
 from service.settings import Settings
 from service.wiring import running
 
@@ -29,7 +30,7 @@ def create_app(settings: Settings, model: Model, *, history: HistoryStore | None
             app.state.services = services
             yield
 
-    app = FastAPI(
+    app = _App(
         title="Mneme",
         summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
         lifespan=lifespan,
@@ -39,7 +40,21 @@ def create_app(settings: Settings, model: Model, *, history: HistoryStore | None
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
     app.add_middleware(_AlwaysAnswer)
+    app.score = _AlwaysAnswer(BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes))
     return app
+
+
+class _App(FastAPI):
+    """Hands `POST /score` over before any routing, and everything else to FastAPI."""
+
+    score: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/score" and scope["method"] == "POST":
+            scope["app"] = self
+            await self.score(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class _JsonBody:

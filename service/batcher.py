@@ -1,156 +1,335 @@
-"""Gathers requests into batches while the device is busy; it knows neither HTTP nor models.
+"""Gathers requests into batches before one device; it knows neither HTTP nor models.
 
-No timer: an idle device takes what is there at once, a busy one lets the queue grow into a
-larger batch. Batches are measured in work, and so is the queue.
+Two stages, each of which takes what is there as soon as it is free, without a timer:
+
+    submit -> [queue] -> prepare (reads histories) -> [ready] -> run (the device) -> answer
+
+While the device runs one batch, the next one is being prepared; what is ready waits for the device
+and grows into a larger batch. Batches are measured in work, and so is the queue.
 """
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 from typing import Generic, TypeVar
 
-from service.errors import DeadlineExceededError, OverloadedError, ServiceError
+from service.cost import BatchCost
+from service.errors import (
+    ClientLeft,
+    DeadlineExceededError,
+    OverloadedError,
+    ServiceError,
+)
 from service.metrics import Metrics
+from service.shapes import ShapeGrid
 
 RequestT = TypeVar("RequestT")
+PreparedT = TypeVar("PreparedT")
 AnswerT = TypeVar("AnswerT")
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
+
+# (candidates, history length) of a request.
+Size = tuple[int, int]
+# How much of the running mean of preparation times the latest one is.
+_LATEST_SHARE = 0.05
 
 
-@dataclass(slots=True, kw_only=True)
-class _Pending(Generic[RequestT, AnswerT]):
+def _stays() -> bool:
+    return False
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Pending(Generic[RequestT, PreparedT, AnswerT]):
     request: RequestT
-    width: int
+    size: Size
+    work: int
     deadline: float
     entered: float
+    has_left: Callable[[], bool]
     answer: "asyncio.Future[tuple[AnswerT, float]]"
+    prepared: PreparedT | None = None
+    preparation_s: float = 0.0
 
 
-class Batcher(Generic[RequestT, AnswerT]):
-    """One queue before one device.
+@dataclass(kw_only=True, eq=False)
+class _Line(Generic[RequestT, PreparedT, AnswerT]):
+    """Requests in order of arrival, and their work."""
 
-    `run`: answers a batch, one batch at a time; an error it raises answers the whole batch.
-    `width`: a request's own work (its candidates); a batch of B requests costs B times its widest
-    request times `unit_work` (the history length), since all are padded to the widest.
-    `max_batch_work`: of a batch, unless one request alone is larger. `max_queue_work`: of all
-    that wait.
+    pending: "deque[_Pending[RequestT, PreparedT, AnswerT]]" = field(default_factory=deque)
+    work: int = 0
+    grew: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, pending: _Pending[RequestT, PreparedT, AnswerT]) -> None:
+        self.pending.append(pending)
+        self.work += pending.work
+        self.grew.set()
+
+    def take(self) -> _Pending[RequestT, PreparedT, AnswerT]:
+        pending = self.pending.popleft()
+        self.work -= pending.work
+        return pending
+
+
+class Batcher(Generic[RequestT, PreparedT, AnswerT]):
+    """The way of requests to one device.
+
+    `prepare`, `run`: take a batch, one batch at a time each, and give as many results in the same
+    order; an error they raise answers the whole batch.
+    `size`, `prepared_size`: candidates and history length, before and after preparation.
+    `shapes`: what batches are padded to; their work is that of the padded shape.
+    `cost`: learns what batches take, and predicts it.
+    `short_s`: a batch that takes no longer may always grow.
+    `max_batch_work`: of a batch, unless one request alone is larger. `max_queue_work`: of all that
+    wait.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[RequestT]], Awaitable[Sequence[AnswerT | ServiceError]]],
         *,
-        width: Callable[[RequestT], int],
-        unit_work: int,
+        prepare: Callable[[Sequence[RequestT]], Awaitable[Sequence[PreparedT | ServiceError]]],
+        run: Callable[[Sequence[PreparedT]], Awaitable[Sequence[AnswerT | ServiceError]]],
+        size: Callable[[RequestT], Size],
+        prepared_size: Callable[[PreparedT], Size],
+        shapes: ShapeGrid,
+        cost: BatchCost,
+        short_s: float,
         max_batch_work: int,
         max_queue_work: int,
         metrics: Metrics,
     ) -> None:
+        self._prepare = prepare
         self._run = run
-        self._width = width
-        self._unit_work = unit_work
+        self._size = size
+        self._prepared_size = prepared_size
+        self._shapes = shapes
+        self._cost = cost
+        self._short_s = short_s
         self._max_batch_work = max_batch_work
         self._max_queue_work = max_queue_work
         self._metrics = metrics
-        self._queue: deque[_Pending[RequestT, AnswerT]] = deque()
-        self._queued_work = 0
-        self._arrived = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self._queue: _Line[RequestT, PreparedT, AnswerT] = _Line()
+        self._ready: _Line[RequestT, PreparedT, AnswerT] = _Line()
+        self._device_took = asyncio.Event()
+        self._n_inside = 0
+        self._preparing_work = 0
+        self._n_preparing = 0
+        self._preparation_s = 0.0
+        self._busy_until = 0.0
+        self._workers: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to take requests, within the running event loop."""
-        self._worker = asyncio.create_task(self._work())
+        self._workers = [
+            asyncio.create_task(self._prepare_batches()),
+            asyncio.create_task(self._run_batches()),
+        ]
 
     async def stop(self) -> None:
-        """End the worker; requests that wait are cancelled."""
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-        while self._queue:
-            self._queue.popleft().answer.cancel()
+        """End the workers; requests that wait are cancelled."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        for line in (self._queue, self._ready):
+            while line.pending:
+                line.take().answer.cancel()
 
-    async def submit(self, request: RequestT, *, deadline: float) -> tuple[AnswerT, float]:
-        """Return the answer and the seconds that the request waited in the queue.
+    def submit(
+        self, request: RequestT, *, deadline: float, has_left: Callable[[], bool] = _stays
+    ) -> "asyncio.Future[tuple[AnswerT, float]]":
+        """Return the answer to come, with the seconds that the request waited for its turns.
 
-        `deadline`: on the clock of `time.perf_counter`; scoring must have begun by then. Raises
-        OverloadedError, DeadlineExceededError, or the error that `run` gave for this request.
+        `deadline`: on the clock of `time.perf_counter`; the answer must be there by then.
+        `has_left`: asked before the request costs anything; nobody waits any more when it is true.
+
+        Raises OverloadedError at once when the queue is full or when the deadline cannot be met.
+        The answer may be DeadlineExceededError, ClientLeft, or the error that `prepare` or
+        `run` gave for this request.
         """
-        width = self._width(request)
-        work = width * self._unit_work
-        # A request that finds an empty queue is taken however large it is.
-        if self._queue and self._queued_work + work > self._max_queue_work:
-            self._metrics.dropped.labels("overloaded").inc()
-            raise OverloadedError(
-                f"{self._queued_work:,} units of work are waiting, "
-                f"{self._max_queue_work:,} may wait"
-            )
-        pending = _Pending[RequestT, AnswerT](
+        now = time.perf_counter()
+        size = self._size(request)
+        work = self._shapes.round_up(1, *size).work
+        if self._n_inside:  # a request that finds nobody before it is taken whatever it takes
+            self._refuse_what_cannot_be_met(work, now, deadline)
+        pending = _Pending[RequestT, PreparedT, AnswerT](
             request=request,
-            width=width,
+            size=size,
+            work=work,
             deadline=deadline,
-            entered=time.perf_counter(),
+            entered=now,
+            has_left=has_left,
             answer=asyncio.get_running_loop().create_future(),
         )
-        self._queue.append(pending)
-        self._count(work)
-        self._arrived.set()
-        return await pending.answer
+        self._n_inside += 1
+        pending.answer.add_done_callback(self._one_less)
+        self._queue.put(pending)
+        self._count_waiting()
+        return pending.answer
 
-    async def _work(self) -> None:
+    def _one_less(self, _: "asyncio.Future[tuple[AnswerT, float]]") -> None:
+        self._n_inside -= 1
+
+    def _refuse_what_cannot_be_met(self, work: int, now: float, deadline: float) -> None:
+        waiting = self._waiting_work()
+        if waiting and waiting + work > self._max_queue_work:
+            self._metrics.dropped.labels("overloaded").inc()
+            raise OverloadedError(
+                f"{waiting:,} units of work are waiting, {self._max_queue_work:,} may wait"
+            )
+        begins = max(now + self._preparation_s, self._busy_until)
+        n_batches = min(self._n_inside, ceil((waiting + work) / max(1.0, self._batch_limit())))
+        takes_s = self._cost.predict(waiting + work, batches=n_batches) + self._cost.error_s
+        if begins + takes_s > deadline:
+            self._metrics.dropped.labels("hopeless").inc()
+            raise OverloadedError(
+                f"the answer would take about {1000 * (begins + takes_s - now):.1f} ms, the "
+                f"deadline is in {1000 * (deadline - now):.1f} ms"
+            )
+
+    def _waiting_work(self) -> int:
+        return self._queue.work + self._preparing_work + self._ready.work
+
+    def _count_waiting(self) -> None:
+        self._metrics.queued_work.set(self._waiting_work())
+        self._metrics.queued_requests.set(
+            len(self._queue.pending) + self._n_preparing + len(self._ready.pending)
+        )
+
+    def _batch_limit(self) -> float:
+        return min(self._max_batch_work, self._cost.worthwhile_work(self._short_s))
+
+    async def _prepare_batches(self) -> None:
         while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            while batch := self._take():
-                await self._answer(batch)
+            await self._queue.grew.wait()
+            self._queue.grew.clear()
+            while self._queue.pending:
+                # More than the device's next batch need not be ready: it would only grow old.
+                while self._ready.pending and self._ready.work >= self._batch_limit():
+                    self._device_took.clear()
+                    await self._device_took.wait()
+                if batch := self._take_from_queue():
+                    await self._prepare_batch(batch)
 
-    def _take(self) -> list[_Pending[RequestT, AnswerT]]:
-        """Take the next batch off the queue; late requests and those nobody awaits are dropped."""
-        batch: list[_Pending[RequestT, AnswerT]] = []
-        widest = 0
+    async def _run_batches(self) -> None:
+        while True:
+            await self._ready.grew.wait()
+            self._ready.grew.clear()
+            while self._ready.pending:
+                batch = self._take_from_ready()
+                self._device_took.set()
+                self._count_waiting()
+                if batch:
+                    await self._run_batch(batch)
+
+    def _take_from_queue(self) -> list[_Pending[RequestT, PreparedT, AnswerT]]:
+        batch: list[_Pending[RequestT, PreparedT, AnswerT]] = []
         now = time.perf_counter()
-        while self._queue:
-            first = self._queue[0]
-            is_live = not first.answer.done() and now <= first.deadline
-            widened = max(widest, first.width)
-            work = (len(batch) + 1) * widened * self._unit_work
-            if is_live and batch and work > self._max_batch_work:
+        work = 0
+        while self._queue.pending:
+            work += self._queue.pending[0].work
+            if batch and work > self._max_batch_work:
                 break
-            self._queue.popleft()
-            self._count(-first.width * self._unit_work)
-            if first.answer.done():
-                self._metrics.dropped.labels("client left").inc()
-            elif now > first.deadline:
-                self._metrics.dropped.labels("deadline").inc()
-                waited_ms = 1000 * (now - first.entered)
-                first.answer.set_exception(
-                    DeadlineExceededError(f"the request waited {waited_ms:.1f} ms in the queue")
-                )
-            else:
-                batch.append(first)
-                widest = widened
+            pending = self._queue.take()
+            if self._is_wanted(pending, now):
+                batch.append(pending)
         return batch
 
-    async def _answer(self, batch: Sequence[_Pending[RequestT, AnswerT]]) -> None:
-        taken = time.perf_counter()
-        answers: Sequence[AnswerT | BaseException]
-        try:
-            answers = await self._run([pending.request for pending in batch])
-            assert len(answers) == len(batch), f"{len(answers)} answers to {len(batch)} requests"
-        except asyncio.CancelledError:
-            for pending in batch:
-                pending.answer.cancel()
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever it is, every waiter must hear of it
-            answers = [error] * len(batch)
+    def _take_from_ready(self) -> list[_Pending[RequestT, PreparedT, AnswerT]]:
+        """Take the device's next batch: as large as pays, and as all in it can wait for."""
+        batch: list[_Pending[RequestT, PreparedT, AnswerT]] = []
+        now = time.perf_counter()
+        limit = self._batch_limit()
+        candidates, length, work = 0, 0, 0
+        earliest = float("inf")
+        while self._ready.pending:
+            pending = self._ready.pending[0]
+            wider = (max(candidates, pending.size[0]), max(length, pending.size[1]))
+            larger = self._shapes.round_up(len(batch) + 1, *wider).work
+            ends = now + self._cost.predict(larger)
+            if batch and (larger > limit or ends > min(earliest, pending.deadline)):
+                break
+            self._ready.take()
+            # Somebody is always served, be the prediction as bad as it may: it learns from that.
+            is_last_hope = not (batch or self._ready.pending or self._queue.pending)
+            if self._is_wanted(pending, now if is_last_hope else ends):
+                batch.append(pending)
+                (candidates, length), work = wider, larger
+                earliest = min(earliest, pending.deadline)
+        self._busy_until = now + self._cost.predict(work)
+        return batch
+
+    def _is_wanted(
+        self, pending: _Pending[RequestT, PreparedT, AnswerT], answered_by: float
+    ) -> bool:
+        if pending.answer.done() or pending.has_left():
+            self._metrics.dropped.labels("client left").inc()
+            if not pending.answer.done():
+                pending.answer.set_exception(ClientLeft())
+            return False
+        if answered_by > pending.deadline:
+            self._metrics.dropped.labels("deadline").inc()
+            waited_ms = 1000 * (time.perf_counter() - pending.entered)
+            pending.answer.set_exception(
+                DeadlineExceededError(
+                    f"the request waited {waited_ms:.1f} ms, and its deadline cannot be met"
+                )
+            )
+            return False
+        return True
+
+    async def _prepare_batch(self, batch: list[_Pending[RequestT, PreparedT, AnswerT]]) -> None:
+        started = time.perf_counter()
+        self._preparing_work = sum(pending.work for pending in batch)
+        self._n_preparing = len(batch)
+        prepared = await self._results(self._prepare, batch, [one.request for one in batch])
+        self._preparing_work = self._n_preparing = 0
+        taken_s = time.perf_counter() - started
+        self._preparation_s += _LATEST_SHARE * (taken_s - self._preparation_s)
+        for pending, one in zip(batch, prepared, strict=True):
+            if pending.answer.done():
+                continue
+            if isinstance(one, BaseException):
+                pending.answer.set_exception(one)
+                continue
+            pending.prepared = one
+            pending.preparation_s = taken_s
+            pending.size = self._prepared_size(one)
+            pending.work = self._shapes.round_up(1, *pending.size).work
+            self._ready.put(pending)
+        self._count_waiting()
+
+    async def _run_batch(self, batch: list[_Pending[RequestT, PreparedT, AnswerT]]) -> None:
+        started = time.perf_counter()
+        ready = [pending.prepared for pending in batch if pending.prepared is not None]
+        answers = await self._results(self._run, batch, ready)
+        taken_s = time.perf_counter() - started
+        widest = (max(one.size[0] for one in batch), max(one.size[1] for one in batch))
+        self._cost.update(self._shapes.round_up(len(batch), *widest).work, taken_s)
         for pending, answer in zip(batch, answers, strict=True):
             if pending.answer.done():  # the client left while its batch ran
                 continue
             if isinstance(answer, BaseException):
                 pending.answer.set_exception(answer)
             else:
-                pending.answer.set_result((answer, taken - pending.entered))
+                waited_s = started - pending.entered - pending.preparation_s
+                pending.answer.set_result((answer, waited_s))
 
-    def _count(self, work: int) -> None:
-        self._queued_work += work
-        self._metrics.queued_work.set(self._queued_work)
+    async def _results(
+        self,
+        stage: Callable[[Sequence[InT]], Awaitable[Sequence[OutT | ServiceError]]],
+        batch: list[_Pending[RequestT, PreparedT, AnswerT]],
+        inputs: Sequence[InT],
+    ) -> Sequence[OutT | BaseException]:
+        try:
+            results = await stage(inputs)
+            assert len(results) == len(batch), f"{len(results)} results of {len(batch)} requests"
+        except asyncio.CancelledError:
+            for pending in batch:
+                pending.answer.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever it is, every waiter must hear of it
+            return [error] * len(batch)
+        return results

@@ -54,7 +54,7 @@ class CorruptHistoryError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """The queue holds as much work as it may."""
+    """The queue holds as much work as it may, or so much that the deadline cannot be met."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     problem = "overloaded"
@@ -63,7 +63,7 @@ class OverloadedError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    """The deadline passed before scoring began."""
+    """The deadline has passed, or cannot be met any more, and scoring has not begun."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     problem = "deadline-exceeded"
@@ -76,3 +76,7 @@ class ModelFailedError(ServiceError):
 
     problem = "model-failed"
     title = "The model could not score the request"
+
+
+class ClientLeft(Exception):  # noqa: N818  # no error: nobody is there to be told
+    """Nobody waits for the answer any more."""

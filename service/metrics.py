@@ -1,8 +1,14 @@
 """Every metric of the service; durations are seconds."""
 
-from collections.abc import Mapping
+import os
+import re
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+# Where all workers keep their metrics; prometheus-client reads this name when it is imported.
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 STAGES = ("fetch", "encode", "queue", "infer", "total")
 
@@ -66,6 +72,13 @@ class Metrics:
         self.queued_work = Gauge(
             "mneme_queued_work",
             "Waiting work: candidates x history length.",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.queued_requests = Gauge(
+            "mneme_queued_requests",
+            "Waiting requests.",
+            multiprocess_mode="livesum",
             registry=self.registry,
         )
         self.dropped = Counter(
@@ -99,10 +112,31 @@ class Metrics:
             "mneme_model_info",
             "1 for the model that is served.",
             ("model", "version"),
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
 
-    def observe_stages(self, seconds: Mapping[str, float]) -> None:
+        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+
+    def observe_stages(self, **seconds: float) -> None:
         """Record where one request's time went."""
         for stage, duration_s in seconds.items():
-            self.stage_seconds.labels(stage).observe(duration_s)
+            self._stages[stage].observe(duration_s)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' format: of all workers, where there are several."""
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder is None:
+            return generate_latest(self.registry)
+        _forget_ended_workers(Path(folder))
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def _forget_ended_workers(folder: Path) -> None:
+    """Drop the gauges of workers that are gone; what they counted stays."""
+    for path in folder.glob("gauge_live*.db"):
+        found = re.search(r"_(\d+)\.db$", path.name)
+        if found and not Path("/proc", found[1]).exists():
+            mark_process_dead(int(found[1]), folder)  # type: ignore[no-untyped-call]

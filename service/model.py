@@ -1,14 +1,15 @@
-"""A bundle, checked and loaded into onnxruntime.
+"""A bundle, checked and loaded onto a device.
 
 Shapes: B requests, C candidates.
 """
 
+import statistics
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from contract.bundle import (
@@ -25,19 +26,31 @@ from contract.catalogue import Catalogue
 from contract.encoding import ModelInputs, encode
 from contract.errors import BundleError
 from contract.golden import GoldenRows
+from service.device import CpuDevice, CudaDevice, Provider
+from service.shapes import Shape, ShapeGrid, shape_grid
 
-Provider = Literal["cpu", "cuda"]
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# A CUDA graph is captured in the second or third run of its shape, and replayed from then on.
+_WARM_RUNS = 4
 
 
 class Model(Protocol):
-    """What the scorer needs of a model; a test's model need not be a network."""
+    """What the scorer needs of a model; a test's model need not be a network.
+
+    `shapes`: what batches are padded to.
+    """
 
     manifest: Manifest
     catalogue: Catalogue
+    shapes: ShapeGrid
+
+    def inputs(self, shape: Shape) -> ModelInputs:
+        """Return arrays of zeros of the shape, to be filled and run before the next call."""
 
     def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
         """Return scores float32 [B, C]. Called by one thread at a time."""
+
+    def warm_up(self, max_work: int) -> list[tuple[int, float]]:
+        """Run the shapes that will be served; return (work, seconds) of each."""
 
 
 class OnnxModel:
@@ -50,14 +63,45 @@ class OnnxModel:
         verify_files(folder, self.manifest)
         self.catalogue = read_catalogue(folder, self.manifest)
         golden = GoldenRows.load(folder / GOLDEN)
-        self._session = _open_session(folder, provider, threads)
+        features = self.manifest.features
+        self.shapes = shape_grid(provider, features.history_length)
+        graph, granularities = folder / MODEL, len(features.granularities)
+        self._device: CpuDevice | CudaDevice = (
+            CpuDevice(graph, threads=threads, granularities=granularities)
+            if provider == "cpu"
+            else CudaDevice(graph, precision=self.manifest.precision, granularities=granularities)
+        )
+        self.inputs = self._device.inputs
+        self.run = self._device.run
         self._check_signature()
         self._check_golden(golden)
 
-    def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
-        """Return scores float32 [B, C]."""
-        (scores_BC,) = self._session.run([OUTPUT_NAME], inputs.as_feed())
-        return scores_BC  # type: ignore[no-any-return]  # onnxruntime is untyped
+    def warm_up(self, max_work: int) -> list[tuple[int, float]]:
+        """Run shapes of at most `max_work`; return (work, median seconds) of each.
+
+        On a GPU these are all shapes, and each is captured as a CUDA graph; a CPU has nothing to
+        keep, and a few shapes tell what a batch costs.
+        """
+        shapes = list(self.shapes.shapes(max_work))
+        if isinstance(self._device, CpuDevice):
+            corners = {
+                self.shapes.round_up(batch, candidates, length)
+                for batch in (1, 4)
+                for candidates in (1, 100)
+                for length in (1, self.manifest.features.history_length)
+            }
+            shapes = [shape for shape in shapes if shape in corners]
+        return [(shape.work, self._warm(shape)) for shape in shapes]
+
+    def _warm(self, shape: Shape) -> float:
+        if isinstance(self._device, CudaDevice):
+            self._device.capture(shape)
+        taken_s = []
+        for _ in range(_WARM_RUNS):
+            started = time.perf_counter()
+            self.run(self.inputs(shape))
+            taken_s.append(time.perf_counter() - started)
+        return statistics.median(taken_s[1:])
 
     def _check_signature(self) -> None:
         n_granularities = len(self.manifest.features.granularities)
@@ -67,7 +111,8 @@ class OnnxModel:
             (INPUT_NAMES[2], "tensor(int64)", 2, None),
             (OUTPUT_NAME, "tensor(float)", 2, None),
         ]
-        nodes = [*self._session.get_inputs(), *self._session.get_outputs()]
+        session = self._device.session
+        nodes = [*session.get_inputs(), *session.get_outputs()]
         found = [
             (node.name, node.type, len(node.shape), node.shape[2] if len(node.shape) > 2 else None)
             for node in nodes
@@ -79,16 +124,29 @@ class OnnxModel:
             )
 
     def _check_golden(self, golden: GoldenRows) -> None:
-        """Score the golden rows on this very device and compare."""
+        """Score the golden rows on this very device, in the way requests are, and compare.
+
+        On a GPU more than once: the first runs capture a CUDA graph, the last one replays it.
+        """
         try:
-            inputs, _ = encode(
+            encoded, _ = encode(
                 golden.histories,
                 golden.candidates,
                 golden.ranking_times,
                 self.catalogue,
                 self.manifest.features,
             )
-            scores_BC = self.run(inputs)
+            batch, candidates = encoded.candidate_items.shape
+            shape = Shape(batch, candidates, encoded.history_items.shape[1])
+            if isinstance(self._device, CudaDevice):
+                self._device.capture(shape)
+            for _ in range(_WARM_RUNS):
+                inputs = self.inputs(shape)
+                for array, values in zip(
+                    inputs.as_feed().values(), encoded.as_feed().values(), strict=True
+                ):
+                    array[:] = values
+                scores_BC = self.run(inputs)
         except Exception as error:  # onnxruntime's errors share no base class but Exception
             raise BundleError(
                 f"bundle {self.folder}: {MODEL} cannot score {GOLDEN}: {error}"
@@ -100,30 +158,6 @@ class OnnxModel:
                 f"bundle {self.folder}: {MODEL} differs from {GOLDEN} by up to "
                 f"{difference_BC.max():.2e}, allowed are {self.manifest.golden_tolerance:.0e}"
             )
-
-
-def _open_session(folder: Path, provider: Provider, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    if provider == "cuda":
-        # Without this, nodes that the GPU cannot run move to the CPU silently.
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    name = _PROVIDERS[provider]
-    if name not in ort.get_available_providers():
-        raise BundleError(
-            f"bundle {folder}: cannot run on {provider}: this onnxruntime has no {name}, only "
-            f"{', '.join(ort.get_available_providers())}"
-        )
-    try:
-        session = ort.InferenceSession(folder / MODEL, options, providers=[name])
-    except Exception as error:  # onnxruntime's errors share no base class but Exception
-        raise BundleError(
-            f"bundle {folder}: {MODEL} cannot be loaded for {provider}: {error}"
-        ) from error
-    if name not in session.get_providers():
-        raise BundleError(f"bundle {folder}: asked for {name}, got {session.get_providers()}")
-    return session
 
 
 def _refuse_two_runtimes() -> None:

@@ -44,6 +44,13 @@ def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     return described
 
 
+def unreadable(error: BaseException) -> RequestValidationError:
+    """Return the error for a body that is JSON, but none that Python reads."""
+    return RequestValidationError(
+        [{"type": "unreadable", "loc": (), "msg": f"not readable as JSON: {error}"}]
+    )
+
+
 def _response(
     status: int,
     problem: str,
@@ -68,14 +75,19 @@ async def _service_error(_: Request, error: Exception) -> JSONResponse:
     return problem_response(error)
 
 
-async def _validation_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def validation_response(error: RequestValidationError) -> JSONResponse:
+    """Return the answer that names the first fields that are wrong."""
     found = error.errors()
     errors = [_described(e) for e in found[:_MAX_ERRORS]]
     first = errors[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     detail = f"{first['field']}: {first['reason']}{more}"
     return problem_response(InvalidRequestError(detail), errors)
+
+
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return validation_response(error)
 
 
 def _described(error: Mapping[str, Any]) -> dict[str, str]:
@@ -95,10 +107,7 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, RecursionError | ValueError):
         # FastAPI's word for a body that json.loads gives up on, other than by JSONDecodeError.
-        reason = f"not readable as JSON: {error.__cause__}"
-        return problem_response(
-            InvalidRequestError(f"body: {reason}"), [{"field": "body", "reason": reason}]
-        )
+        return validation_response(unreadable(error.__cause__))
     title = HTTPStatus(error.status_code).phrase
     return _response(
         error.status_code,

@@ -17,6 +17,7 @@ from contract.records import (
 MAX_CANDIDATES = 1000
 MAX_INLINE_BEHAVIORS = 10_000
 MAX_EVENTS = 1000
+MAX_DEADLINE_MS = 60_000
 
 
 def _user_id(value: Any) -> Any:

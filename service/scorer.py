@@ -1,4 +1,4 @@
-"""Scores a batch of requests: histories from Redis, encoding, one run of the model.
+"""Scores batches of requests in two stages: histories and encoding, then one run of the model.
 
 Shapes: B requests, C candidates, L history length.
 """
@@ -7,14 +7,14 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from contract.catalogue import UNKNOWN_ROW
-from contract.encoding import ModelInputs, encode, stack_candidates
+from contract.encoding import encode, stack_candidates
 from contract.records import RECORD_BYTES
 from service.errors import (
     CorruptHistoryError,
@@ -40,6 +40,22 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """An encoded request: rows [n], buckets [n, G] of its n behaviors, rows [C] of its candidates.
+
+    `fetch_s`, `encode_s`: seconds that its batch took.
+    """
+
+    history_items: NDArray[np.int64]
+    history_buckets: NDArray[np.int64]
+    candidate_items: NDArray[np.int64]
+    unknown_candidates: int
+    degraded: bool
+    fetch_s: float
+    encode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """Scores float32 [C] in the order asked, and where the time went (seconds by stage)."""
 
@@ -47,7 +63,9 @@ class Scored:
     history_length: int
     unknown_candidates: int
     degraded: bool
-    seconds: dict[str, float] = field(default_factory=dict)
+    fetch_s: float
+    encode_s: float
+    infer_s: float
 
 
 class BatchScorer:
@@ -68,6 +86,7 @@ class BatchScorer:
         self.model = model
         self._history = history
         self._metrics = metrics
+        self._length = model.manifest.features.history_length
         self._cold = on_redis_failure == "cold"
         # One thread for the device: runs never overlap, and the event loop stays free.
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
@@ -76,48 +95,66 @@ class BatchScorer:
         """End the device's thread after the run in flight."""
         self._device.shutdown()
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scored | ServiceError]:
-        """Return an answer for each request; one that fails does not fail the others."""
+    def size(self, request: ScoreRequest) -> tuple[int, int]:
+        """Return the candidates and the most behaviors that a request can have."""
+        length = self._length
+        if request.history is not None:
+            length = min(length, len(request.history) // RECORD_BYTES)
+        return len(request.candidates), max(1, length)
+
+    def prepared_size(self, prepared: Prepared) -> tuple[int, int]:
+        """Return the candidates and behaviors of an encoded request; at least one behavior."""
+        return len(prepared.candidate_items), max(1, len(prepared.history_items))
+
+    async def prepare(self, requests: Sequence[ScoreRequest]) -> list[Prepared | ServiceError]:
+        """Read and encode the histories; one that fails does not fail the others."""
         started = time.perf_counter()
         histories, degraded = await self._histories(requests)
-        fetched = time.perf_counter()
-        answers: list[Scored | ServiceError] = [
-            history if isinstance(history, ServiceError) else ModelFailedError("not scored")
+        fetch_s = time.perf_counter() - started
+        outcome: list[Prepared | ServiceError] = [
+            history if isinstance(history, ServiceError) else ModelFailedError("not encoded")
             for history in histories
         ]
         readable = [b for b, history in enumerate(histories) if isinstance(history, bytes)]
-        raw = [history for history in histories if isinstance(history, bytes)]
-        if raw:
-            inputs, corrupt_B = self._encode([requests[b] for b in readable], raw)
-            encoded = time.perf_counter()
-            scores_BC = await self._infer(inputs)
-            inferred = time.perf_counter()
-            seconds = {
-                "fetch": fetched - started,
-                "encode": encoded - fetched,
-                "infer": inferred - encoded,
-            }
-            finite_BC = np.isfinite(scores_BC)
-            for row, b in enumerate(readable):
-                answers[b] = self._answer(
-                    requests[b],
-                    scores_BC[row],
-                    n_behaviors=len(raw[row]) // RECORD_BYTES,
-                    is_corrupt=bool(corrupt_B[row]),
-                    is_finite=bool(finite_BC[row].all()),
-                    candidate_rows_C=inputs.candidate_items[row],
-                    degraded=degraded and requests[b].history is None,
-                    seconds=seconds,
-                )
-        self._metrics.batch_requests.observe(len(requests))
-        n_corrupt = sum(isinstance(answer, CorruptHistoryError) for answer in answers)
-        self._metrics.corrupt_histories.inc(n_corrupt)
-        return answers
+        if readable:
+            raw = [history for history in histories if isinstance(history, bytes)]
+            asked = [requests[b] for b in readable]
+            for b, one in zip(
+                readable, self._encode(asked, raw, fetch_s, degraded=degraded), strict=True
+            ):
+                outcome[b] = one
+        n_corrupt = sum(isinstance(one, CorruptHistoryError) for one in outcome)
+        if n_corrupt:
+            self._metrics.corrupt_histories.inc(n_corrupt)
+        return outcome
+
+    async def run(self, batch: Sequence[Prepared]) -> list[Scored | ServiceError]:
+        """Score encoded requests in one run of the model."""
+        loop = asyncio.get_running_loop()
+        scores_BC, infer_s = await loop.run_in_executor(self._device, self._infer, batch)
+        self._metrics.batch_requests.observe(len(batch))
+        all_finite = bool(np.isfinite(scores_BC).all())
+        return [
+            Scored(
+                scores=scores_C,
+                history_length=len(one.history_items),
+                unknown_candidates=one.unknown_candidates,
+                degraded=one.degraded,
+                fetch_s=one.fetch_s,
+                encode_s=one.encode_s,
+                infer_s=infer_s,
+            )
+            if all_finite or bool(np.isfinite(scores_C).all())
+            else ModelFailedError("the model gave a score that is not a finite number")
+            for one, scores_C in (
+                (one, scores_BC[b, : len(one.candidate_items)]) for b, one in enumerate(batch)
+            )
+        ]
 
     async def _histories(
         self, requests: Sequence[ScoreRequest]
     ) -> tuple[list[bytes | ServiceError], bool]:
-        length = self.model.manifest.features.history_length
+        length = self._length
         asked = [request.user_id for request in requests if request.history is None]
         users = list(dict.fromkeys(asked))
         degraded = False
@@ -135,55 +172,67 @@ class BatchScorer:
         ], degraded
 
     def _encode(
-        self, requests: Sequence[ScoreRequest], histories: Sequence[bytes]
-    ) -> tuple[ModelInputs, NDArray[np.bool_]]:
+        self,
+        requests: Sequence[ScoreRequest],
+        histories: Sequence[bytes],
+        fetch_s: float,
+        *,
+        degraded: bool,
+    ) -> list[Prepared | ServiceError]:
+        started = time.perf_counter()
+        lengths = [len(raw) // RECORD_BYTES for raw in histories]
         # Padding contributes nothing to a score, so a batch is as wide as its longest history.
-        longest = max(len(raw) for raw in histories) // RECORD_BYTES
-        return encode(
+        inputs, corrupt_B = encode(
             histories,
             stack_candidates([request.candidates for request in requests]),
             np.array([request.ranking_time for request in requests], dtype=np.int64),
             self.model.catalogue,
             self.model.manifest.features,
-            length=max(1, longest),
+            length=max(1, *lengths),
         )
-
-    async def _infer(self, inputs: ModelInputs) -> NDArray[np.float32]:
-        loop = asyncio.get_running_loop()
-        try:
-            scores_BC = await loop.run_in_executor(self._device, self.model.run, inputs)
-        except Exception as error:  # onnxruntime's errors share no base class but Exception
-            raise ModelFailedError(f"the model failed: {error}") from error
-        if scores_BC.shape != inputs.candidate_items.shape:
-            raise ModelFailedError(
-                f"the model gave scores of shape {scores_BC.shape}, expected "
-                f"{inputs.candidate_items.shape}"
-            )
-        return scores_BC
-
-    def _answer(
-        self,
-        request: ScoreRequest,
-        scores_C: NDArray[np.float32],
-        *,
-        n_behaviors: int,
-        is_corrupt: bool,
-        is_finite: bool,
-        candidate_rows_C: NDArray[np.int64],
-        degraded: bool,
-        seconds: dict[str, float],
-    ) -> Scored | ServiceError:
-        if is_corrupt:
-            return CorruptHistoryError(
+        n_unknown_B = (inputs.candidate_items == UNKNOWN_ROW).sum(axis=1).tolist()
+        is_corrupt_B = corrupt_B.tolist()
+        width = inputs.history_items.shape[1]
+        encode_s = time.perf_counter() - started
+        return [
+            CorruptHistoryError(
                 f"the history of user {request.user_id!r} cannot be read: it holds an item id "
                 "below 1"
             )
-        if not is_finite:
-            return ModelFailedError("the model gave a score that is not a finite number")
-        return Scored(
-            scores=scores_C[: len(request.candidates)],
-            history_length=n_behaviors,
-            unknown_candidates=int((candidate_rows_C == UNKNOWN_ROW).sum()),
-            degraded=degraded,
-            seconds=seconds,
+            if is_corrupt_B[b]
+            else Prepared(
+                history_items=inputs.history_items[b, width - lengths[b] :],
+                history_buckets=inputs.history_buckets[b, width - lengths[b] :],
+                candidate_items=inputs.candidate_items[b, : len(request.candidates)],
+                unknown_candidates=n_unknown_B[b],
+                degraded=degraded and request.history is None,
+                fetch_s=fetch_s,
+                encode_s=encode_s,
+            )
+            for b, request in enumerate(requests)
+        ]
+
+    def _infer(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.float32], float]:
+        """Pad the batch to a shape of the model's and run it, in the device's thread."""
+        started = time.perf_counter()
+        shape = self.model.shapes.round_up(
+            len(batch),
+            max(len(one.candidate_items) for one in batch),
+            max(1, *(len(one.history_items) for one in batch)),
         )
+        inputs = self.model.inputs(shape)
+        for b, one in enumerate(batch):
+            first = shape.length - len(one.history_items)
+            inputs.history_items[b, first:] = one.history_items
+            inputs.history_buckets[b, first:] = one.history_buckets
+            inputs.candidate_items[b, : len(one.candidate_items)] = one.candidate_items
+        try:
+            scores_BC = self.model.run(inputs)
+        except Exception as error:  # onnxruntime's errors share no base class but Exception
+            raise ModelFailedError(f"the model failed: {error}") from error
+        if scores_BC.shape != (shape.batch, shape.candidates):
+            raise ModelFailedError(
+                f"the model gave scores of shape {scores_BC.shape}, expected "
+                f"{(shape.batch, shape.candidates)}"
+            )
+        return scores_BC, time.perf_counter() - started

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="Port to listen on."
     )
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=1, description="Processes that serve, each with a model of its own."
+    )
     provider: Literal["cpu", "cuda"] = Field(
         default="cpu",
         description="Where the model runs; the service refuses to start when it cannot run there.",
@@ -57,10 +60,11 @@ class Settings(BaseSettings):
     )
     deadline_s: Annotated[float, Field(gt=0)] = Field(
         default=0.03,
-        description="Seconds within which scoring must have begun, unless X-Deadline-Ms says else.",
+        description="Seconds within which an answer is of use, unless X-Deadline-Ms says else; "
+        "what cannot be answered by then is refused.",
     )
     max_batch_work: Annotated[int, Field(ge=1)] = Field(
-        default=3_200_000, description="Largest batch: requests x candidates x history length."
+        default=6_400_000, description="Largest batch: requests x candidates x history length."
     )
     max_queue_work: Annotated[int, Field(ge=1)] = Field(
         default=64_000_000, description="Work that may wait before requests are answered 429."
@@ -95,6 +99,11 @@ def read_settings(flags: Mapping[str, str]) -> Settings:
             f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
         )
         raise SettingsError(reasons) from error
+
+
+def write_settings(settings: Settings) -> dict[str, str]:
+    """Return the environment variables from which `read_settings` makes the same settings."""
+    return {PREFIX + name.upper(): str(value) for name, value in settings}
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:

@@ -1,15 +1,20 @@
 """The composition root: what the application is made of, built in one place."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from service.batcher import Batcher
+from service.cost import BatchCost
 from service.history import HistoryStore, connect
 from service.metrics import Metrics
 from service.model import Model
-from service.scorer import BatchScorer, Scored, ScoreRequest
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
 from service.settings import Settings
+
+# A batch is short when it takes no more of the usual deadline than this.
+_SHORT_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,7 @@ class Services:
     settings: Settings
     model: Model
     history: HistoryStore
-    batcher: Batcher[ScoreRequest, Scored]
+    batcher: Batcher[ScoreRequest, Prepared, Scored]
     metrics: Metrics
 
 
@@ -38,14 +43,23 @@ async def running(
         keep=length,
     )
     scorer = BatchScorer(model, store, metrics, on_redis_failure=settings.on_redis_failure)
-    batcher = Batcher[ScoreRequest, Scored](
-        scorer.score,
-        width=_n_candidates,
-        unit_work=length,
+    cost = BatchCost()
+    cost.learn_from_warm_up(model.warm_up(settings.max_batch_work))
+    batcher = Batcher[ScoreRequest, Prepared, Scored](
+        prepare=scorer.prepare,
+        run=scorer.run,
+        size=scorer.size,
+        prepared_size=scorer.prepared_size,
+        shapes=model.shapes,
+        cost=cost,
+        short_s=_SHORT_SHARE * settings.deadline_s,
         max_batch_work=settings.max_batch_work,
         max_queue_work=settings.max_queue_work,
         metrics=metrics,
     )
+    # What is there by now stays: no collection need look at it again.
+    gc.collect()
+    gc.freeze()
     batcher.start()
     try:
         yield Services(
@@ -55,7 +69,3 @@ async def running(
         await batcher.stop()
         scorer.close()
         await store.close()
-
-
-def _n_candidates(request: ScoreRequest) -> int:
-    return len(request.candidates)

@@ -19,6 +19,7 @@ from contract.bundle import REQUIRED_FILES, FileEntry, Manifest
 from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW, Catalogue
 from contract.encoding import ModelInputs
 from contract.features import DAYS, FeatureSpec
+from service.shapes import Shape, ShapeGrid
 
 HISTORY_LENGTH = 8
 KNOWN_ITEMS = 90
@@ -59,6 +60,8 @@ class DummyModel:
     def __init__(self) -> None:
         self.manifest = dummy_manifest()
         self.catalogue = Catalogue(np.arange(1, KNOWN_ITEMS + 1, dtype=np.int64))
+        # No axis has sizes: nothing is rounded up, and every batch has its own shape.
+        self.shapes = ShapeGrid(batches=(), candidates=(), lengths=())
         self._may_run = threading.Event()
         self._is_busy = threading.Event()
         self.reset()
@@ -88,6 +91,17 @@ class DummyModel:
     def wait_until_busy(self) -> None:
         """Return when a run is being held."""
         assert self._is_busy.wait(_PATIENCE_S), "no run has begun"
+
+    def inputs(self, shape: Shape) -> ModelInputs:
+        return ModelInputs(
+            history_items=np.zeros((shape.batch, shape.length), dtype=np.int64),
+            history_buckets=np.zeros((shape.batch, shape.length, 1), dtype=np.int64),
+            candidate_items=np.zeros((shape.batch, shape.candidates), dtype=np.int64),
+        )
+
+    def warm_up(self, max_work: int) -> list[tuple[int, float]]:
+        del max_work
+        return []
 
     def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
         self.runs.append(inputs)

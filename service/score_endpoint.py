@@ -1,0 +1,173 @@
+"""POST /score: from the bytes of a request to the bytes of its answer.
+
+An ASGI application of its own: a framework's routing, injection and response model would cost a
+request more than everything else that happens to it, but for the model.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from contract.records import encode_records
+from service import problems
+from service.errors import ClientLeft, ServiceError
+from service.schemas import MAX_DEADLINE_MS, Behavior, ScoreBody
+from service.scorer import Scored, ScoreRequest
+from service.wiring import Services
+
+_CLIENT_LEFT = 499  # nginx' number: nobody reads it but the metrics
+_DEADLINE = b"x-deadline-ms"
+_BODY = TypeAdapter(ScoreBody)
+_DEADLINE_MS = TypeAdapter(Annotated[float, Field(gt=0, le=MAX_DEADLINE_MS)])
+
+
+async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer one request; whatever is wrong with it is answered as a problem."""
+    services: Services = scope["app"].state.services
+    started = time.perf_counter()
+    try:
+        raw = await _read(receive)
+        body = _parse(raw)
+        deadline_s = _deadline_s(scope, services.settings.deadline_s)
+        scored, waited_s = await services.batcher.submit(
+            ScoreRequest(
+                user_id=body.user_id,
+                candidates=np.array(body.candidates, dtype=np.int64),
+                ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
+                history=None if body.history is None else _records(body.history),
+            ),
+            deadline=started + deadline_s,
+            has_left=_leaving(receive),
+        )
+    except ClientLeft:
+        await Response(status_code=_CLIENT_LEFT)(scope, receive, send)
+    except ServiceError as error:
+        await problems.problem_response(error)(scope, receive, send)
+    except RequestValidationError as error:
+        await problems.validation_response(error)(scope, receive, send)
+    else:
+        await _answer(services, scored, waited_s, started, send)
+
+
+async def _read(receive: Receive) -> bytes:
+    message = await receive()
+    if not message.get("more_body", False):
+        return message.get("body", b"")  # type: ignore[no-any-return]  # ASGI messages are untyped
+    chunks = [message.get("body", b"")]
+    while message.get("more_body", False):
+        message = await receive()
+        chunks.append(message.get("body", b""))
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    return b"".join(chunks)
+
+
+def _parse(raw: bytes) -> ScoreBody:
+    try:
+        return _BODY.validate_json(raw)
+    except ValidationError:
+        return _parse_slowly(raw)
+
+
+def _parse_slowly(raw: bytes) -> ScoreBody:
+    """Parse once more as every other route does, for errors in the same words."""
+    if not raw:
+        raise RequestValidationError([{"type": "missing", "loc": (), "msg": "Field required"}])
+    try:
+        return _BODY.validate_python(json.loads(raw))
+    except json.JSONDecodeError as error:
+        found = {"type": "json_invalid", "loc": (error.pos,), "ctx": {"error": error.msg}}
+        raise RequestValidationError([found]) from error
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    except (ValueError, RecursionError) as error:
+        raise problems.unreadable(error) from error
+
+
+def _deadline_s(scope: Scope, otherwise: float) -> float:
+    for name, value in scope["headers"]:
+        if name == _DEADLINE:
+            try:
+                return _DEADLINE_MS.validate_python(value.decode("latin-1")) / 1000
+            except ValidationError as error:
+                found = [{**one, "loc": (_DEADLINE.decode(),)} for one in error.errors()]
+                raise RequestValidationError(found) from error
+    return otherwise
+
+
+def _records(history: list[Behavior]) -> bytes:
+    return encode_records(
+        [behavior.item_id for behavior in history], [behavior.time for behavior in history]
+    )
+
+
+def _leaving(receive: Receive) -> Callable[[], bool]:
+    """Return a question: has the client closed its connection?
+
+    The body has been read, so the next message can only be the disconnect. The question takes one
+    step of waiting for it and gives up: a task that waits would cost every request for the few
+    whose clients leave.
+    """
+
+    def has_left() -> bool:
+        waiting: Any = receive()
+        try:
+            waiting.send(None)
+        except StopIteration:
+            return True
+        waiting.close()
+        return False
+
+    return has_left
+
+
+async def _answer(
+    services: Services, scored: Scored, waited_s: float, started: float, send: Send
+) -> None:
+    manifest = services.model.manifest
+    body = orjson.dumps(
+        {
+            "scores": scored.scores,
+            "score_kind": manifest.score_kind,
+            "model": manifest.model_name,
+            "version": manifest.model_version,
+            "history_length": scored.history_length,
+            "unknown_candidates": scored.unknown_candidates,
+            "degraded": scored.degraded,
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+    total_s = time.perf_counter() - started
+    timing = (
+        f"fetch;dur={1000 * scored.fetch_s:.3f}, encode;dur={1000 * scored.encode_s:.3f}, "
+        f"infer;dur={1000 * scored.infer_s:.3f}, queue;dur={1000 * waited_s:.3f}, "
+        f"total;dur={1000 * total_s:.3f}"
+    )
+    headers = [
+        (b"content-length", str(len(body)).encode()),
+        (b"content-type", b"application/json"),
+        (b"server-timing", timing.encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+    metrics = services.metrics
+    metrics.observe_stages(
+        fetch=scored.fetch_s,
+        encode=scored.encode_s,
+        infer=scored.infer_s,
+        queue=waited_s,
+        total=total_s,
+    )
+    metrics.history_behaviors.observe(scored.history_length)
+    if scored.unknown_candidates:
+        metrics.unknown_candidates.inc(scored.unknown_candidates)
+    if scored.degraded:
+        metrics.degraded.inc()
