@@ -1,14 +1,26 @@
-"""`python -m loadtest world | demo`."""
+"""`python -m loadtest world | demo | engine | overhead | peers | overload | length | soak`."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from contract.errors import ContractError
+from loadtest.benchmarks import overhead, overload, race
+from loadtest.benchmarks.engine import run_engine, run_length, run_soak
+from loadtest.benchmarks.stand import StandError
+from loadtest.bundles import BundleError
 from loadtest.demo import DemoError, DemoOptions, run_demo
+from loadtest.open_loop import LoadError
+from loadtest.peers.install import PEERS
 from loadtest.redis_server import RedisServerError
 from loadtest.world import WorldSettings, make_world, write_log
+
+_ERRORS = (
+    *(BundleError, DemoError, LoadError, RedisServerError, StandError),
+    *(ContractError, ValueError, OSError),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-    except (DemoError, RedisServerError, ContractError, ValueError, OSError) as error:
+    except _ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,7 +57,45 @@ def _parser() -> argparse.ArgumentParser:
         "--port", type=int, default=0, help="of the service; any free one unless given"
     )
     one.set_defaults(run=_demo)
+    for name, description, measure in _BENCHMARKS:
+        one = commands.add_parser(name, help=description)
+        one.add_argument(
+            "--folder", type=Path, default=Path("bundles/benchmarks"), help="where bundles are made"
+        )
+        one.add_argument(
+            "--page",
+            type=Path,
+            default=Path("docs/results/performance.md"),
+            help="where the section is written, with its figures beside it as .json",
+        )
+        if name in ("overhead", "peers"):
+            names = [peer.name for peer in PEERS]
+            one.add_argument("--peers", nargs="*", choices=names, default=names)
+        if name == "peers":
+            graphs = ("rearranged", "literal")
+            one.add_argument("--graphs", nargs="+", choices=graphs, default=graphs)
+        if name in ("engine", "length"):
+            one.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+        one.set_defaults(run=_benchmark, measure=measure)
     return parser
+
+
+_BENCHMARKS: tuple[tuple[str, str, Callable[..., None]], ...] = (
+    ("engine", "the scorer in process, over batch, candidates, length and model", run_engine),
+    ("overhead", "everything but the model, beside other servers", overhead.run),
+    ("peers", "the highest rate within the deadline, beside other servers", race.run),
+    ("overload", "goodput up to three times the capacity", overload.run),
+    ("length", "latency and memory over the history length", run_length),
+    ("soak", "memory over 100,000 requests", run_soak),
+)
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    chosen = {
+        name: value for name, value in vars(options).items() if name not in ("run", "measure")
+    }
+    options.measure(**chosen)
+    return 0
 
 
 def _world(options: argparse.Namespace) -> int:

@@ -298,7 +298,7 @@ def _run_jobs(jobs: Sequence[_Job]) -> list[_Outcome]:
 def _child() -> Iterator["subprocess.Popen[bytes]"]:
     """Run a sending process, and end it with the block."""
     # Not by multiprocessing: that imports the caller's main module again, whatever it drags in.
-    with subprocess.Popen(  # noqa: S603 # starts this module
+    with subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import _child_main; _child_main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,8 @@
-"""`python -m service` serves a bundle; `python -m service backfill LOG` loads histories."""
+"""`python -m service` serves a bundle, `... backfill` loads histories, `... profile` measures."""
 
 import argparse
+import asyncio
+import json
 import os
 import sys
 from importlib.util import find_spec
@@ -18,8 +20,10 @@ from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
 from service.errors import ServiceError
+from service.history import HistoryStore, connect
 from service.metrics import FOLDER_VARIABLE
 from service.model import OnnxModel
+from service.profile import ShapeProfile, profile, shapes_of
 from service.settings import (
     Settings,
     SettingsError,
@@ -37,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["backfill"]:
             return _backfill(arguments[1:])
+        if arguments[:1] == ["profile"]:
+            return _profile(arguments[1:])
         return _serve(arguments)
     except (ContractError, SettingsError, ServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,6 +93,7 @@ def _listen(settings: Settings, app: FastAPI | str) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
     )
 
 
@@ -114,6 +121,41 @@ def _backfill(arguments: list[str]) -> int:
     if report.corrupt:
         print(f"corrupt, left as they are: {', '.join(report.corrupt[:10])}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _profile(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m service profile",
+        description="Score without HTTP and print what each shape takes, one JSON object a line. "
+        "Writes histories of users `profile-...` to Redis.",
+    )
+    for axis, default in (("batches", [1, 8]), ("candidates", [100]), ("lengths", [1000])):
+        parser.add_argument(f"--{axis}", type=int, nargs="+", default=default)
+    parser.add_argument("--users", type=int, default=200, help="histories of each length")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each shape")
+    add_flags(parser, ["bundle", "redis_url", "key_prefix", "provider", "threads"])
+    options = vars(parser.parse_args(arguments))
+    shapes = shapes_of(*(options.pop(axis) for axis in ("batches", "candidates", "lengths")))
+    users, seconds = options.pop("users"), options.pop("seconds")
+    settings: Settings = read_settings(options)
+    model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
+    if settings.provider == "cuda":
+        model.warm_up(settings.max_batch_work)
+
+    async def measure() -> list[ShapeProfile]:
+        store = HistoryStore(
+            connect(settings.redis_url, timeout_s=_BACKFILL_TIMEOUT_S),
+            prefix=settings.key_prefix,
+            keep=model.manifest.features.history_length,
+        )
+        try:
+            return await profile(model, store, shapes, users=users, seconds=seconds)
+        finally:
+            await store.close()
+
+    for row in asyncio.run(measure()):
+        print(json.dumps(row.as_dict()))
     return 0
 
 

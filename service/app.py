@@ -88,8 +88,7 @@ class _AlwaysAnswer:
             if message["type"] == "http.response.start":
                 # Paths come from outside: only known ones may become label values.
                 route = scope["path"] if scope["path"] in _ROUTES else "other"
-                services = scope["app"].state.services
-                services.metrics.requests.labels(route, message["status"]).inc()
+                scope["app"].state.services.metrics.count_answer(route, message["status"])
                 started = True
             await send(message)
 

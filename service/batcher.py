@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Generic, TypeVar
 
-from service.cost import BatchCost
+from service.cost import BatchCost, RunningQuantile
 from service.errors import (
     ClientLeft,
     DeadlineExceededError,
@@ -36,6 +36,8 @@ OutT = TypeVar("OutT")
 Size = tuple[int, int]
 # How much of the running mean of preparation times the latest one is.
 _LATEST_SHARE = 0.05
+# Of the admitted requests, so many shall be answered within their deadline.
+_KEPT_SHARE = 0.995
 
 
 def _stays() -> bool:
@@ -49,6 +51,7 @@ class _Pending(Generic[RequestT, PreparedT, AnswerT]):
     work: int
     deadline: float
     entered: float
+    predicted_end: float
     has_left: Callable[[], bool]
     answer: "asyncio.Future[tuple[AnswerT, float]]"
     prepared: PreparedT | None = None
@@ -119,6 +122,10 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._n_preparing = 0
         self._preparation_s = 0.0
         self._busy_until = 0.0
+        # By how much answers come later than was predicted when they were admitted, and when
+        # their batch began: almost all of them must keep their deadline, not half of them.
+        self._lateness = RunningQuantile(_KEPT_SHARE)
+        self._overrun = RunningQuantile(_KEPT_SHARE)
         self._workers: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -152,41 +159,53 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         now = time.perf_counter()
         size = self._size(request)
         work = self._shapes.round_up(1, *size).work
+        predicted_end = self._predicted_end(work, now)
         if self._n_inside:  # a request that finds nobody before it is taken whatever it takes
-            self._refuse_what_cannot_be_met(work, now, deadline)
+            self._refuse_what_cannot_be_met(work, now, predicted_end, deadline)
         pending = _Pending[RequestT, PreparedT, AnswerT](
             request=request,
             size=size,
             work=work,
             deadline=deadline,
             entered=now,
+            predicted_end=predicted_end,
             has_left=has_left,
             answer=asyncio.get_running_loop().create_future(),
         )
         self._n_inside += 1
-        pending.answer.add_done_callback(self._one_less)
+        pending.answer.add_done_callback(lambda _: self._left(pending))
         self._queue.put(pending)
         self._count_waiting()
         return pending.answer
 
-    def _one_less(self, _: "asyncio.Future[tuple[AnswerT, float]]") -> None:
+    def _left(self, pending: _Pending[RequestT, PreparedT, AnswerT]) -> None:
         self._n_inside -= 1
+        answer = pending.answer
+        if not answer.cancelled() and answer.exception() is None:
+            # Called when the one who waits is: what the event loop adds is in it.
+            self._lateness.update(time.perf_counter() - pending.predicted_end)
 
-    def _refuse_what_cannot_be_met(self, work: int, now: float, deadline: float) -> None:
+    def _predicted_end(self, work: int, now: float) -> float:
+        waiting = self._waiting_work() + work
+        n_batches = min(self._n_inside + 1, ceil(waiting / max(1.0, self._batch_limit())))
+        begins = max(now + self._preparation_s, self._busy_until)
+        return begins + self._cost.predict(waiting, batches=n_batches)
+
+    def _refuse_what_cannot_be_met(
+        self, work: int, now: float, predicted_end: float, deadline: float
+    ) -> None:
         waiting = self._waiting_work()
         if waiting and waiting + work > self._max_queue_work:
             self._metrics.dropped.labels("overloaded").inc()
             raise OverloadedError(
                 f"{waiting:,} units of work are waiting, {self._max_queue_work:,} may wait"
             )
-        begins = max(now + self._preparation_s, self._busy_until)
-        n_batches = min(self._n_inside, ceil((waiting + work) / max(1.0, self._batch_limit())))
-        takes_s = self._cost.predict(waiting + work, batches=n_batches) + self._cost.error_s
-        if begins + takes_s > deadline:
+        if predicted_end + self._lateness.value > deadline:
             self._metrics.dropped.labels("hopeless").inc()
+            taken_s = predicted_end + self._lateness.value - now
             raise OverloadedError(
-                f"the answer would take about {1000 * (begins + takes_s - now):.1f} ms, the "
-                f"deadline is in {1000 * (deadline - now):.1f} ms"
+                f"the answer would take up to {1000 * taken_s:.1f} ms, the deadline is in "
+                f"{1000 * (deadline - now):.1f} ms"
             )
 
     def _waiting_work(self) -> int:
@@ -212,6 +231,8 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
                     await self._device_took.wait()
                 if batch := self._take_from_queue():
                     await self._prepare_batch(batch)
+                else:
+                    self._count_waiting()
 
     async def _run_batches(self) -> None:
         while True:
@@ -223,18 +244,19 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
                 self._count_waiting()
                 if batch:
                     await self._run_batch(batch)
+                self._busy_until = 0.0
 
     def _take_from_queue(self) -> list[_Pending[RequestT, PreparedT, AnswerT]]:
         batch: list[_Pending[RequestT, PreparedT, AnswerT]] = []
         now = time.perf_counter()
         work = 0
         while self._queue.pending:
-            work += self._queue.pending[0].work
-            if batch and work > self._max_batch_work:
+            if batch and work + self._queue.pending[0].work > self._max_batch_work:
                 break
             pending = self._queue.take()
             if self._is_wanted(pending, now):
                 batch.append(pending)
+                work += pending.work
         return batch
 
     def _take_from_ready(self) -> list[_Pending[RequestT, PreparedT, AnswerT]]:
@@ -248,9 +270,12 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             pending = self._ready.pending[0]
             wider = (max(candidates, pending.size[0]), max(length, pending.size[1]))
             larger = self._shapes.round_up(len(batch) + 1, *wider).work
-            ends = now + self._cost.predict(larger)
+            ends = now + self._cost.predict(larger) + self._overrun.value
             if batch and (larger > limit or ends > min(earliest, pending.deadline)):
-                break
+                if self._is_wanted(pending, now):
+                    break
+                self._ready.take()
+                continue
             self._ready.take()
             # Somebody is always served, be the prediction as bad as it may: it learns from that.
             is_last_hope = not (batch or self._ready.pending or self._queue.pending)
@@ -307,7 +332,9 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         answers = await self._results(self._run, batch, ready)
         taken_s = time.perf_counter() - started
         widest = (max(one.size[0] for one in batch), max(one.size[1] for one in batch))
-        self._cost.update(self._shapes.round_up(len(batch), *widest).work, taken_s)
+        work = self._shapes.round_up(len(batch), *widest).work
+        self._overrun.update(taken_s - self._cost.predict(work))
+        self._cost.update(work, taken_s)
         for pending, answer in zip(batch, answers, strict=True):
             if pending.answer.done():  # the client left while its batch ran
                 continue

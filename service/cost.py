@@ -1,4 +1,4 @@
-"""What a batch will take: a running fit of batch time against work."""
+"""What a batch will take, and how wrong such a prediction can be."""
 
 from collections.abc import Iterable
 
@@ -14,6 +14,29 @@ _MAX_SURPRISE = 4.0
 _FIXED_SHARE = 0.1
 
 
+# The quantile climbs by this share of the usual distance when it is exceeded.
+_CLIMB = 0.1
+
+
+class RunningQuantile:
+    """A quantile of a stream, by stochastic approximation (Robbins and Monro, 1951).
+
+    `share`: of the values that shall lie below. It starts at 0 and never falls below.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.value = 0.0
+        self._share = share
+        self._distance = 0.0
+
+    def update(self, value: float) -> None:
+        """Take one value."""
+        self._distance += (abs(value - self.value) - self._distance) / _MEMORY
+        step = _CLIMB * self._distance
+        self.value += step * (self._share - (value <= self.value))
+        self.value = max(0.0, self.value)
+
+
 class BatchCost:
     """seconds = fixed + per_work * work, by weighted least squares over the latest batches.
 
@@ -24,7 +47,6 @@ class BatchCost:
     def __init__(self) -> None:
         self.fixed_s = 0.0
         self.per_work_s = 0.0
-        self.error_s = 0.0
         self._tells_parts_apart = False
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         self._prior = self._sums
@@ -42,7 +64,6 @@ class BatchCost:
         predicted_s = self.predict(work)
         if predicted_s > 0:
             seconds = min(seconds, _MAX_SURPRISE * predicted_s)
-            self.error_s += (abs(seconds - predicted_s) - self.error_s) / _MEMORY
         kept = _scaled(self._sums, 1 - 1 / _MEMORY)
         self._sums = _added(kept, _moments(work, seconds))
         self._solve()

@@ -1,11 +1,16 @@
 """Histories in Redis: one string of records a user, under `<prefix>:<user id>`."""
 
+import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hiredis import pack_command
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from contract.errors import RecordError
@@ -70,19 +75,45 @@ class HistoryStore:
         """
         if not user_ids:
             return []
-        pipeline = self._redis.pipeline(transaction=False)
+        first = -RECORD_BYTES * length
+        commands = bytearray()
         for user_id in user_ids:
             key = history_key(self._prefix, user_id)
-            pipeline.getrange(key, -RECORD_BYTES * length, -1)
+            commands += pack_command(("GETRANGE", key, first, -1))  # type: ignore[arg-type]
             # The range alone looks whole even where the value is not: it is cut from the end.
-            pipeline.strlen(key)
-        replies = await _answer(pipeline.execute(raise_on_error=False))
+            commands += pack_command(("STRLEN", key))  # type: ignore[arg-type]  # its stub is wrong
+        replies = await _answer(self._ask(bytes(commands), 2 * len(user_ids)))
         return [
             _checked(user_id, raw, length_bytes)
             for user_id, raw, length_bytes in zip(
                 user_ids, replies[::2], replies[1::2], strict=True
             )
         ]
+
+    async def _ask(self, commands: bytes, n_replies: int) -> list[Any]:
+        """Send packed commands as they are and return the replies, errors in their places.
+
+        redis-py's pipeline does the same with a timer and five calls for each reply; that would be
+        a fifth of what a request costs.
+        """
+        pool = self._redis.connection_pool
+        for is_last_attempt in (False, True):
+            connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+            try:
+                async with asyncio.timeout(connection.socket_timeout):
+                    await connection.send_packed_command(commands, check_health=False)
+                    return [await _reply(connection) for _ in range(n_replies)]
+            except RedisConnectionError:
+                # A restarted Redis has closed its connections: the next one is new.
+                await connection.disconnect()
+                if is_last_attempt:
+                    raise
+            except TimeoutError:
+                await connection.disconnect()
+                raise
+            finally:
+                await pool.release(connection)
+        raise AssertionError("unreachable")
 
     async def append(self, records: Mapping[str, bytes]) -> dict[str, int | CorruptHistoryError]:
         """Append records to each user's history; return how many were new, or the error.
@@ -138,6 +169,14 @@ def connect(url: str, *, timeout_s: float) -> Redis:
         # One attempt more than the first, at once: a restarted Redis has closed its connections.
         retry=Retry(NoBackoff(), 1),
     )
+
+
+async def _reply(connection: AbstractConnection) -> Any:
+    try:
+        # The caller's timeout is one for all replies.
+        return await connection.read_response(disable_decoding=True, timeout=math.inf)
+    except ResponseError as error:
+        return error
 
 
 async def _answer(command: Any) -> list[Any]:

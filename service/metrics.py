@@ -116,7 +116,15 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._answers: dict[tuple[str, int], Counter] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+
+    def count_answer(self, route: str, status: int) -> None:
+        """Count an answer."""
+        counter = self._answers.get((route, status))
+        if counter is None:  # looking up labels costs more than counting
+            counter = self._answers[route, status] = self.requests.labels(route, status)
+        counter.inc()
 
     def observe_stages(self, **seconds: float) -> None:
         """Record where one request's time went."""

@@ -1,5 +1,6 @@
 """What the documentation names is there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -44,3 +45,11 @@ def test_a_decision_is_dated_and_names_what_holds_it(decision):
 def test_the_modules_of_the_readme_can_be_run():
     for module in re.findall(r"python -m (\w+)", (ROOT / "README.md").read_text()):
         assert (ROOT / module / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/results/*.md")), ids=ids)
+def test_results_have_their_figures_beside_them(page):
+    twin = json.loads(page.with_suffix(".json").read_text())
+    assert set(twin) == {"figures", "command", "machine", "date"}
+    assert twin["figures"]
+    assert all(isinstance(figure, int | float) for figure in twin["figures"].values())

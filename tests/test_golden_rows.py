@@ -15,7 +15,8 @@ from contract.records import decode_records
 from loadtest.redis_server import redis_server
 from service.history import HistoryStore, history_key
 from service.metrics import Metrics
-from service.scorer import BatchScorer, Scored, ScoreRequest
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
+from service.shapes import Shape, ShapeGrid
 from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC, GoldenRow
 from training.data.loader import ClickBatch, ClickLoader
 from training.data.log import PreparedLog
@@ -30,7 +31,8 @@ class RecordingModel:
 
     def __init__(self) -> None:
         self.catalogue: Catalogue = CATALOGUE
-        self.inputs: list[ModelInputs] = []
+        self.shapes = ShapeGrid(batches=(), candidates=(), lengths=())
+        self.runs: list[ModelInputs] = []
         self.manifest = Manifest(
             format_version=1,
             model_name="recording",
@@ -46,8 +48,20 @@ class RecordingModel:
             files={name: FileEntry(sha256="0" * 64, size_bytes=0) for name in REQUIRED_FILES},
         )
 
+    def inputs(self, shape: Shape) -> ModelInputs:
+        batch, candidates, length = shape
+        return ModelInputs(
+            history_items=np.zeros((batch, length), dtype=np.int64),
+            history_buckets=np.zeros((batch, length, len(SPEC.granularities)), dtype=np.int64),
+            candidate_items=np.zeros((batch, candidates), dtype=np.int64),
+        )
+
+    def warm_up(self, max_work: int) -> list[tuple[int, float]]:
+        del max_work
+        return []
+
     def run(self, inputs: ModelInputs) -> np.ndarray:
-        self.inputs.append(inputs)
+        self.runs.append(inputs)
         return np.zeros(inputs.candidate_items.shape, dtype=np.float32)
 
 
@@ -103,11 +117,13 @@ async def test_the_service_encodes_golden_rows(row, redis_url):
     scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
     try:
         await redis.set(history_key("golden", "u"), row.history)
-        (answer,) = await scorer.score(
+        (prepared,) = await scorer.prepare(
             [ScoreRequest(user_id="u", candidates=row.candidates, ranking_time=RANKING_TIME)]
         )
+        assert isinstance(prepared, Prepared)
+        (answer,) = await scorer.run([prepared])
     finally:
         scorer.close()
         await store.close()
     assert isinstance(answer, Scored)
-    assert_inputs(model.inputs[0], row)
+    assert_inputs(model.runs[0], row)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from loadtest.machine import describe_machine
 from loadtest.world import WorldSettings, make_world, write_log
-from tests.benchmarks.machine import describe_machine
 from training.__main__ import NAMED_RUNS
 from training.config import load_config
 from training.data.log import PreparedLog

@@ -12,7 +12,7 @@ from contract.catalogue import Catalogue
 from contract.encoding import encode, stack_candidates
 from contract.features import FeatureSpec
 from contract.records import encode_records
-from tests.benchmarks.machine import describe_machine
+from loadtest.machine import describe_machine
 
 _NOW = 1_700_000_000
 _REQUESTS, _LENGTH, _CANDIDATES, _RUNS = 64, 1000, 100, 50

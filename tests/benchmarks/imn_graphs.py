@@ -22,7 +22,7 @@ from contract.encoding import ModelInputs
 from contract.features import FeatureSpec
 from exporter.convert import convert
 from exporter.parity import random_inputs
-from tests.benchmarks.machine import describe_machine
+from loadtest.machine import describe_machine
 from tests.training.models.literal_imn import LiteralIMN
 from training.models.build import Scorer
 from training.models.encoder import ItemEncoder

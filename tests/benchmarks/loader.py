@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from loadtest.machine import describe_machine
 from loadtest.world import WorldSettings, make_world, write_log
-from tests.benchmarks.machine import describe_machine
 from training.config import parse_config
 from training.data.click_data import open_click_data
 from training.data.log import PreparedLog

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.machine import describe_machine
+from loadtest.machine import describe_machine
 
 
 def main() -> None:

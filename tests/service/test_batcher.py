@@ -1,88 +1,179 @@
-"""The queue before the device. A request is a word, its work the number of its letters."""
+"""The way to the device. A request is a word, its work the number of its letters."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from service.batcher import Batcher
+from service.cost import BatchCost
 from service.errors import (
+    ClientLeft,
     DeadlineExceededError,
     InvalidRequestError,
     OverloadedError,
     ServiceError,
 )
 from service.metrics import Metrics
+from service.shapes import ShapeGrid
 
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
+# No deadline: far beyond everything that a test predicts.
+FOREVER_S = 1e6
+NO_ROUNDING = ShapeGrid(batches=(), candidates=(), lengths=())
 
 
-class Device:
-    """Answers a word in upper case; keeps all batches; runs only while `may_run` is set.
+@dataclass(frozen=True)
+class Read:
+    """A word that has been prepared."""
 
-    Words in `refused` get an error of their own, those in `deadly` fail their whole batch, those
-    in `forgotten` get no answer at all.
+    word: str
+
+
+class Stages:
+    """Reads words, then answers them in upper case; keeps all batches of both stages.
+
+    Each stage goes on only while its event is set. A word `<stage> refuses` gets an error of its
+    own there, `<stage> burns` fails its whole batch, `<stage> forgets` is left out.
     """
 
-    refused = frozenset({"refused"})
-    deadly = frozenset({"deadly"})
-    forgotten = frozenset({"forgotten"})
-
     def __init__(self) -> None:
+        self.prepared: list[list[str]] = []
         self.batches: list[list[str]] = []
+        self.may_prepare = asyncio.Event()
         self.may_run = asyncio.Event()
+        self.may_prepare.set()
         self.may_run.set()
 
-    async def run(self, words: Sequence[str]) -> list[str | ServiceError]:
-        self.batches.append(list(words))
-        await self.may_run.wait()
-        if self.deadly & set(words):
-            raise RuntimeError("the device burns")
+    async def prepare(self, words: Sequence[str]) -> list[Read | ServiceError]:
+        self.prepared.append(list(words))
+        await self.may_prepare.wait()
+        _burn("prepare", words)
         return [
-            InvalidRequestError("refused") if word in self.refused else word.upper()
+            InvalidRequestError(word) if word == "prepare refuses" else Read(word)
             for word in words
-            if word not in self.forgotten
+            if word != "prepare forgets"
+        ]
+
+    async def run(self, batch: Sequence[Read]) -> list[str | ServiceError]:
+        words = [one.word for one in batch]
+        self.batches.append(words)
+        await self.may_run.wait()
+        _burn("run", words)
+        return [
+            InvalidRequestError(word) if word == "run refuses" else word.upper()
+            for word in words
+            if word != "run forgets"
         ]
 
 
-class Queue:
-    """A batcher, its device and its metrics; requests begin as tasks and join the queue at once."""
+def _burn(stage: str, words: Sequence[str]) -> None:
+    if f"{stage} burns" in words:
+        raise RuntimeError(f"{stage} burns")
 
-    def __init__(self, **limits: int) -> None:
-        self.device = Device()
+
+class KnownCost(BatchCost):
+    """A cost that the test knows, and changes where it likes; it learns nothing."""
+
+    def __init__(self, *, fixed_s: float = 0.0, per_work_s: float = 0.0) -> None:
+        super().__init__()
+        if per_work_s:
+            self.learn_from_warm_up([(n, fixed_s + per_work_s * n) for n in (1, 100)])
+        self.fixed_s = fixed_s
+        self.per_work_s = per_work_s
+
+    def update(self, work: int, seconds: float) -> None:
+        del work, seconds
+
+
+class Client:
+    """Says whether it has left, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.left = False
+        self.asked = 0
+
+    def has_left(self) -> bool:
+        self.asked += 1
+        return self.left
+
+
+class Queue:
+    """A batcher, its two stages and its metrics.
+
+    `assumed_length`: history length of every word until it is prepared; then it is 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        assumed_length: int = 1,
+        shapes: ShapeGrid = NO_ROUNDING,
+        cost: BatchCost | None = None,
+        short_s: float = 0.0,
+        max_batch_work: int = 1000,
+        max_queue_work: int = 1000,
+    ) -> None:
+        self.stages = Stages()
         self.metrics = Metrics()
-        self.batcher = Batcher[str, str](
-            self.device.run,
-            width=len,
+        self.cost = KnownCost() if cost is None else cost
+        self.batcher = Batcher[str, Read, str](
+            prepare=self.stages.prepare,
+            run=self.stages.run,
+            size=lambda word: (len(word), assumed_length),
+            prepared_size=lambda one: (len(one.word), 1),
+            shapes=shapes,
+            cost=self.cost,
+            short_s=short_s,
+            max_batch_work=max_batch_work,
+            max_queue_work=max_queue_work,
             metrics=self.metrics,
-            **{"unit_work": 1, "max_batch_work": 1000, "max_queue_work": 1000, **limits},
         )
 
-    async def submit(self, word: str, *, within_s: float = PATIENCE_S) -> str:
-        async with asyncio.timeout(PATIENCE_S):
-            answer, _ = await self.batcher.submit(word, deadline=time.perf_counter() + within_s)
-            return answer
+    def submit(
+        self, word: str, *, within_s: float = FOREVER_S, client: Client | None = None
+    ) -> "asyncio.Future[tuple[str, float]]":
+        has_left = Client().has_left if client is None else client.has_left
+        deadline = time.perf_counter() + within_s
+        return self.batcher.submit(word, deadline=deadline, has_left=has_left)
 
-    async def begin(self, *words: str, **options: Any) -> list["asyncio.Task[str]"]:
-        """Submit each word in a task of its own; return when all of them have entered."""
-        tasks = [asyncio.create_task(self.submit(word, **options)) for word in words]
-        await _let_run()
-        return tasks
+    async def begin(self, *words: str, **options: Any) -> list["asyncio.Future[tuple[str, float]]"]:
+        """Submit words together and let both stages go on as far as they can."""
+        answers = [self.submit(word, **options) for word in words]
+        await let_run()
+        return answers
+
+    async def answer(self, word: str, **options: Any) -> str:
+        (answer,) = await answers(self.submit(word, **options))
+        return answer
 
     @asynccontextmanager
     async def busy(self, first: str = "first") -> AsyncIterator[None]:
         """Hold the device at a batch of one word while the block runs, then see it answered."""
-        self.device.may_run.clear()
-        (task,) = await self.begin(first)
-        assert self.device.batches[-1] == [first]
+        self.stages.may_run.clear()
+        (answer,) = await self.begin(first)
+        assert self.stages.batches[-1] == [first]
         try:
             yield
         finally:
-            self.device.may_run.set()
-        assert await task == first.upper()
+            self.stages.may_run.set()
+        assert await answers(answer) == [first.upper()]
+
+    @asynccontextmanager
+    async def preparing(self, first: str = "first") -> AsyncIterator[None]:
+        """Hold the preparation of one word while the block runs, then see it answered."""
+        self.stages.may_prepare.clear()
+        (answer,) = await self.begin(first)
+        assert self.stages.prepared[-1] == [first]
+        try:
+            yield
+        finally:
+            self.stages.may_prepare.set()
+        assert await answers(answer) == [first.upper()]
 
     def dropped(self, reason: str) -> float | None:
         return self.metrics.registry.get_sample_value("mneme_dropped_total", {"reason": reason})
@@ -91,15 +182,32 @@ class Queue:
     def queued_work(self) -> float | None:
         return self.metrics.registry.get_sample_value("mneme_queued_work")
 
+    @property
+    def queued_requests(self) -> float | None:
+        return self.metrics.registry.get_sample_value("mneme_queued_requests")
 
-async def _let_run() -> None:
-    for _ in range(10):
+
+async def answers(*futures: "asyncio.Future[tuple[str, float]]") -> list[str]:
+    """Return the answers, without the seconds waited."""
+    async with asyncio.timeout(PATIENCE_S):
+        return [answer for answer, _ in await asyncio.gather(*futures)]
+
+
+async def let_run() -> None:
+    for _ in range(20):
         await asyncio.sleep(0)
 
 
+async def pass_moment(within_s: float) -> None:
+    """Return when that which was due within so many seconds is late."""
+    due = time.perf_counter() + within_s
+    while time.perf_counter() <= due:
+        await asyncio.sleep(within_s)
+
+
 @asynccontextmanager
-async def running(**limits: int) -> AsyncIterator[Queue]:
-    queue = Queue(**limits)
+async def running(**options: Any) -> AsyncIterator[Queue]:
+    queue = Queue(**options)
     queue.batcher.start()
     try:
         yield queue
@@ -109,158 +217,482 @@ async def running(**limits: int) -> AsyncIterator[Queue]:
 
 async def test_an_idle_device_takes_a_request_at_once():
     async with running() as queue:
-        assert await queue.submit("a") == "A"
-        assert await queue.submit("b") == "B"
-        assert queue.device.batches == [["a"], ["b"]]
+        assert await queue.answer("a") == "A"
+        assert await queue.answer("b") == "B"
+        assert queue.stages.batches == [["a"], ["b"]]
 
 
 async def test_a_busy_device_lets_requests_gather_into_one_batch():
     async with running() as queue:
         async with queue.busy():
-            tasks = await queue.begin("a", "b", "c")
-            assert queue.device.batches == [["first"]]
-        assert await asyncio.gather(*tasks) == ["A", "B", "C"]
-        assert queue.device.batches == [["first"], ["a", "b", "c"]]
+            later = [*await queue.begin("a"), *await queue.begin("b", "c")]
+            assert queue.stages.batches == [["first"]]
+        assert await answers(*later) == ["A", "B", "C"]
+        assert queue.stages.batches == [["first"], ["a", "b", "c"]]
 
 
-async def test_the_answer_says_how_long_the_request_waited():
-    async with running() as queue:
-        async with queue.busy():
-            task = asyncio.create_task(
-                queue.batcher.submit("a", deadline=time.perf_counter() + PATIENCE_S)
-            )
-            await asyncio.sleep(0.02)
-        assert 0.02 <= (await task)[1] < PATIENCE_S
+class TestTwoStages:
+    async def test_the_next_batch_is_prepared_while_the_device_runs_one(self):
+        async with running() as queue, queue.busy():
+            await queue.begin("a", "b")
+            assert queue.stages.prepared == [["first"], ["a", "b"]]
+            assert queue.stages.batches == [["first"]]
+
+    async def test_no_more_than_one_batch_is_prepared_ahead(self):
+        """What waits longer would only grow old."""
+        async with running(max_batch_work=3) as queue:
+            async with queue.busy():
+                later = [one for word in "abcde" for one in await queue.begin(word)]
+                assert queue.stages.prepared == [["first"], ["a"], ["b"], ["c"]]
+            assert await answers(*later) == list("ABCDE")
+            assert queue.stages.prepared[4:] == [["d", "e"]]
+            assert queue.stages.batches == [["first"], ["a", "b", "c"], ["d", "e"]]
+
+    async def test_requests_gather_while_another_batch_is_prepared(self):
+        async with running() as queue:
+            async with queue.preparing():
+                later = [*await queue.begin("a"), *await queue.begin("b")]
+            assert await answers(*later) == ["A", "B"]
+            assert queue.stages.prepared == [["first"], ["a", "b"]]
+
+    async def test_a_preparation_has_no_more_work_than_a_batch(self):
+        async with running(max_batch_work=3) as queue:
+            async with queue.preparing():
+                later = await queue.begin("a", "bb", "c")
+            await answers(*later)
+            assert queue.stages.prepared == [["first"], ["a", "bb"], ["c"]]
+
+    async def test_work_is_known_once_a_request_is_prepared(self):
+        """A history is taken for as long as it can be, until it has been read."""
+        async with running(assumed_length=10, max_batch_work=12) as queue:
+            async with queue.busy():
+                async with held(queue.stages.may_prepare):
+                    (first,) = await queue.begin("ab")
+                    assert queue.queued_work == 20
+                await let_run()
+                assert queue.queued_work == 2
+                rest = [one for word in ("c", "d") for one in await queue.begin(word)]
+            await answers(first, *rest)
+            assert queue.stages.batches == [["first"], ["ab", "c", "d"]]
+
+
+@asynccontextmanager
+async def held(may_go: asyncio.Event) -> AsyncIterator[None]:
+    may_go.clear()
+    try:
+        yield
+    finally:
+        may_go.set()
+
+
+class TestTold:
+    async def test_the_answer_says_how_long_the_request_waited(self):
+        async with running() as queue:
+            async with queue.busy():
+                entered = time.perf_counter()
+                answer = queue.submit("a")
+                await pass_moment(0.02)
+            waited_s = (await answer)[1]
+            assert 0.02 <= waited_s <= time.perf_counter() - entered
+
+    async def test_its_preparation_is_no_waiting(self):
+        async with running() as queue:
+            entered = time.perf_counter()
+            async with held(queue.stages.may_prepare):
+                (answer,) = await queue.begin("a")
+                await pass_moment(0.02)
+            waited_s = (await answer)[1]
+            assert 0 <= waited_s <= time.perf_counter() - entered - 0.02
+
+    async def test_waiting_requests_and_their_work_are_measured_in_both_stages(self):
+        """One is prepared already, one is being prepared, one waits for that."""
+        async with running() as queue:
+            async with queue.busy():
+                ready = await queue.begin("a")
+                async with held(queue.stages.may_prepare):
+                    rest = [*await queue.begin("bb"), *await queue.begin("cccc")]
+                    assert (queue.queued_requests, queue.queued_work) == (3, 7)
+                await let_run()
+                assert (queue.queued_requests, queue.queued_work) == (3, 7)
+            await answers(*ready, *rest)
+            assert (queue.queued_requests, queue.queued_work) == (0, 0)
+
+    async def test_one_who_left_before_all_others_came_is_not_counted_for_ever(self):
+        async with running() as queue:
+            client = Client()
+            client.left = True
+            (gone,) = await queue.begin("gone", client=client)
+            assert isinstance(gone.exception(), ClientLeft)
+            assert (queue.queued_requests, queue.queued_work) == (0, 0)
 
 
 class TestBatchLimit:
     async def test_a_batch_has_no_more_work_than_allowed(self):
-        async with running(max_batch_work=6, unit_work=2) as queue:
+        async with running(max_batch_work=3) as queue:
             async with queue.busy():
-                tasks = await queue.begin(*"abcdefg")
-            assert await asyncio.gather(*tasks) == list("ABCDEFG")
-            assert queue.device.batches[1:] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+                later = await queue.begin(*"abcdefg")
+            assert await answers(*later) == list("ABCDEFG")
+            assert queue.stages.batches[1:] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
 
     async def test_all_are_padded_to_the_widest(self):
         """Two of one letter and one of three cost nine, not five."""
         async with running(max_batch_work=8) as queue:
             async with queue.busy():
-                tasks = await queue.begin("a", "b", "ccc", "ddd")
-            await asyncio.gather(*tasks)
-            assert queue.device.batches[1:] == [["a", "b"], ["ccc", "ddd"]]
+                later = await queue.begin("a", "b", "ccc", "ddd")
+            await answers(*later)
+            assert queue.stages.batches[1:] == [["a", "b"], ["ccc", "ddd"]]
+
+    async def test_all_are_padded_to_a_shape_of_the_grid(self):
+        """Three are run as four."""
+        grid = ShapeGrid(batches=(1, 2, 4), candidates=(), lengths=())
+        async with running(max_batch_work=3, shapes=grid) as queue:
+            async with queue.busy():
+                later = await queue.begin("a", "b", "c")
+            await answers(*later)
+            assert queue.stages.batches[1:] == [["a", "b"], ["c"]]
 
     async def test_one_request_that_is_larger_runs_alone(self):
         async with running(max_batch_work=3) as queue:
             async with queue.busy():
-                tasks = await queue.begin("a", "larger", "b")
-            await asyncio.gather(*tasks)
-            assert queue.device.batches[1:] == [["a"], ["larger"], ["b"]]
+                later = await queue.begin("a", "larger", "b")
+            await answers(*later)
+            assert queue.stages.batches[1:] == [["a"], ["larger"], ["b"]]
 
-    async def test_a_request_that_is_dropped_takes_no_room_in_a_batch(self):
-        async with running(max_batch_work=4) as queue:
+    @pytest.mark.parametrize("words", [("wide", "a", "b", "c"), ("a", "wide", "b", "c")])
+    async def test_a_request_that_is_dropped_takes_no_room_in_a_batch(self, words):
+        async with running(max_batch_work=7) as queue:
             async with queue.busy():
-                (gone,) = await queue.begin("wide")
-                tasks = await queue.begin("a", "b", "c")
-                gone.cancel()
-                await _let_run()
-            await asyncio.gather(*tasks)
-            assert queue.device.batches[1:] == [["a", "b", "c"]]
+                later = await queue.begin(*words)
+                later.pop(words.index("wide")).cancel()
+            await answers(*later)
+            assert queue.stages.batches[1:] == [["a", "b", "c"]]
+
+    @pytest.mark.parametrize("words", [("wide", "a", "b", "c"), ("a", "wide", "b", "c")])
+    async def test_nor_in_a_preparation(self, words):
+        async with running(max_batch_work=4) as queue:
+            async with queue.preparing():
+                later = await queue.begin(*words)
+                later.pop(words.index("wide")).cancel()
+            await answers(*later)
+            assert queue.stages.prepared[1:] == [["a", "b", "c"]]
+
+    @pytest.mark.parametrize(
+        ("short_s", "batches"),
+        [(0.0, ["abc", "de"]), (13.0, ["abcd", "e"])],
+        ids=["no longer than pays", "unless it is short all the same"],
+    )
+    async def test_a_batch_grows_no_further_than_pays(self, short_s, batches):
+        """A fixed cost of a tenth: one second of ten, so three words of three seconds each."""
+        cost = KnownCost(fixed_s=1.0, per_work_s=3.0)
+        async with running(cost=cost, short_s=short_s) as queue:
+            async with queue.busy():
+                later = await queue.begin(*"abcde")
+            await answers(*later)
+            assert queue.stages.batches[1:] == [list(words) for words in batches]
 
 
 class TestOverload:
     async def test_more_than_may_wait_is_refused(self):
         async with running(max_queue_work=4) as queue:
             async with queue.busy():
-                tasks = await queue.begin("aa", "bb")
+                later = await queue.begin("aa", "bb")
                 with pytest.raises(OverloadedError, match="4 units of work are waiting, 4 may"):
-                    await queue.submit("c")
+                    queue.submit("c")
                 assert queue.dropped("overloaded") == 1
-            assert await asyncio.gather(*tasks) == ["AA", "BB"]
+            assert await answers(*later) == ["AA", "BB"]
 
     async def test_it_takes_requests_again_once_the_queue_is_short(self):
         async with running(max_queue_work=1) as queue:
             async with queue.busy():
-                (task,) = await queue.begin("a")
+                later = await queue.begin("a")
                 with pytest.raises(OverloadedError):
-                    await queue.submit("b")
-            await task
-            assert await queue.submit("b") == "B"
+                    queue.submit("b")
+            await answers(*later)
+            assert await queue.answer("b") == "B"
 
     async def test_an_empty_queue_takes_a_request_however_large(self):
         async with running(max_queue_work=1) as queue:
-            assert await queue.submit("large") == "LARGE"
-
-    async def test_the_waiting_work_is_measured(self):
-        async with running(unit_work=10) as queue:
+            assert await queue.answer("large") == "LARGE"
             async with queue.busy():
-                tasks = await queue.begin("a", "bb")
-                assert queue.queued_work == 30
-            await asyncio.gather(*tasks)
-            assert queue.queued_work == 0
+                later = await queue.begin("large")
+            assert await answers(*later) == ["LARGE"]
 
 
-class TestDropped:
-    async def test_a_request_past_its_deadline_is_never_run(self):
+class TestHopeless:
+    """A batch is predicted to take a second, and a second for each letter."""
+
+    async def test_what_cannot_be_answered_in_time_is_refused_before_it_costs_anything(self):
+        async with running(cost=KnownCost(fixed_s=1.0, per_work_s=1.0)) as queue:
+            async with queue.busy("five5"):
+                message = r"would take .* (7[89]\d\d|8000)\.\d ms, the deadline is in 5000\.0 ms"
+                with pytest.raises(OverloadedError, match=message):
+                    queue.submit("a", within_s=5.0)
+                await let_run()
+                assert queue.dropped("hopeless") == 1
+                assert queue.queued_requests == 0
+            assert queue.stages.prepared == queue.stages.batches == [["five5"]]
+
+    @pytest.mark.parametrize(
+        ("waiting", "within_s", "is_taken"),
+        [
+            pytest.param([], 9.0, True, id="behind the batch that runs"),
+            pytest.param(["bbb"], 9.0, False, id="behind those that wait, too"),
+            pytest.param(["bbb"], 12.0, True, id="in one batch with those that wait"),
+            pytest.param(["bbb"] * 3, 17.5, False, id="in two batches with those that wait"),
+            pytest.param(["bbb"] * 3, 19.0, True, id="in two batches with time for both"),
+        ],
+    )
+    async def test_a_request_waits_for_all_that_come_before_it(self, waiting, within_s, is_taken):
+        """Six seconds for the batch that runs, and up to nine letters in the next one."""
+        cost = KnownCost(fixed_s=1.0, per_work_s=1.0)
+        async with running(cost=cost, max_batch_work=9) as queue, queue.busy("five5"):
+            await queue.begin(*waiting)
+            if is_taken:
+                queue.submit("a", within_s=within_s)
+            else:
+                with pytest.raises(OverloadedError):
+                    queue.submit("a", within_s=within_s)
+
+    async def test_what_answers_were_late_by_is_kept_free(self):
+        """Nothing was predicted to take any time, and then fifty answers took 0.2 s."""
         async with running() as queue:
             async with queue.busy():
-                (late,) = await queue.begin("late", within_s=0.001)
-                (patient,) = await queue.begin("patient")
-                await asyncio.sleep(0.005)
-            with pytest.raises(DeadlineExceededError, match=r"waited \d+\.\d ms in the queue"):
+                assert await queue.begin("taken", within_s=0.1)
+            for _ in range(2):
+                async with queue.busy():
+                    later = await queue.begin(*["late"] * 50)
+                    await pass_moment(0.2)
+                await answers(*later)
+            async with queue.busy():
+                with pytest.raises(OverloadedError, match="the deadline is in 100"):
+                    queue.submit("a", within_s=0.1)
+
+    async def test_an_idle_service_takes_a_request_whatever_the_prediction(self):
+        """Or it would refuse for ever by a prediction that nothing corrects."""
+        async with running(cost=KnownCost(fixed_s=1000.0)) as queue:
+            for _ in range(2):
+                assert await queue.answer("a", within_s=PATIENCE_S) == "A"
+            assert queue.dropped("deadline") is None
+
+    async def test_a_batch_that_ended_early_holds_nobody_up(self):
+        """Six seconds were predicted, but the device is idle again."""
+        async with running(cost=KnownCost(fixed_s=1.0, per_work_s=1.0)) as queue:
+            await queue.answer("five5")
+            async with queue.preparing("a"):
+                answer = queue.submit("b", within_s=5.0)
+            assert await answers(answer) == ["B"]
+
+    async def test_it_recovers_from_absurdly_slow_batches(self):
+        """One is served at a time, and each brings the prediction down, until two are taken."""
+        cost = BatchCost()
+        for _ in range(200):
+            cost.update(1, 100.0)
+        async with running(cost=cost) as queue:
+            n_alone = 0
+            while True:
+                async with queue.busy("a"):
+                    try:
+                        second = queue.submit("b", within_s=PATIENCE_S)
+                    except OverloadedError:
+                        n_alone += 1
+                        assert n_alone < 5000, "refuses for ever"
+                        continue
+                assert await answers(second) == ["B"]
+                break
+            assert n_alone > 0
+            assert queue.dropped("hopeless") == n_alone
+
+
+class TestDeadlines:
+    async def test_a_request_past_its_deadline_is_never_prepared(self):
+        async with running() as queue:
+            async with queue.preparing():
+                late = queue.submit("late", within_s=0.005)
+                patient = queue.submit("patient")
+                await pass_moment(0.005)
+            with pytest.raises(DeadlineExceededError, match=r"waited \d+\.\d ms, and its deadline"):
                 await late
-            assert await patient == "PATIENT"
-            assert queue.device.batches == [["first"], ["patient"]]
+            assert await answers(patient) == ["PATIENT"]
+            assert queue.stages.prepared == [["first"], ["patient"]]
             assert queue.dropped("deadline") == 1
 
-    async def test_a_request_that_nobody_awaits_is_never_run(self):
+    @pytest.mark.parametrize("others", [[], ["patient"]], ids=["alone", "with others"])
+    async def test_a_request_past_its_deadline_is_never_run(self, others):
         async with running() as queue:
             async with queue.busy():
-                gone, patient = await queue.begin("gone", "patient")
-                gone.cancel()
-                await _let_run()
-            assert await patient == "PATIENT"
-            assert queue.device.batches == [["first"], ["patient"]]
-            assert queue.dropped("client left") == 1
-            assert queue.queued_work == 0
+                (late,) = await queue.begin("late", within_s=0.1)
+                later = await queue.begin(*others)
+                await pass_moment(0.1)
+            with pytest.raises(DeadlineExceededError):
+                await late
+            await answers(*later)
+            assert queue.stages.batches == [["first"], *([others] if others else [])]
+            assert queue.dropped("deadline") == 1
 
-    async def test_one_who_leaves_while_the_batch_runs_disturbs_nobody(self):
+    async def test_what_would_be_late_is_dropped_and_those_behind_are_served(self):
+        cost = KnownCost()
+        async with running(cost=cost) as queue:
+            async with queue.busy():
+                (hopeless,) = await queue.begin("hopeless", within_s=50.0)
+                patient = await queue.begin("patient", "too")
+                cost.fixed_s = 100.0
+            with pytest.raises(DeadlineExceededError):
+                await hopeless
+            assert await answers(*patient) == ["PATIENT", "TOO"]
+            assert queue.stages.batches == [["first"], ["patient", "too"]]
+            assert queue.dropped("deadline") == 1
+
+    @pytest.mark.parametrize("n", [1, 3])
+    async def test_the_last_is_served_while_its_deadline_has_not_passed(self, n):
+        """The prediction may be wrong, and only a run can tell."""
+        cost = KnownCost()
+        async with running(cost=cost) as queue:
+            async with queue.busy():
+                later = await queue.begin(*"abc"[:n], within_s=50.0)
+                cost.fixed_s = 100.0
+            assert await answers(later[-1]) == ["ABC"[n - 1]]
+            assert queue.dropped("deadline") == (n - 1 or None)
+            for one in later[:-1]:
+                assert isinstance(one.exception(), DeadlineExceededError)
+
+    async def test_a_batch_grows_no_further_than_its_earliest_deadline_allows(self):
+        """A second a letter: two within 2.5 s, and the others after them."""
+        cost = KnownCost()
+        async with running(cost=cost) as queue:
+            async with queue.busy():
+                hurried = await queue.begin("a", within_s=2.5)
+                patient = await queue.begin("b", "c", "d")
+                cost.per_work_s = 1.0
+            assert await answers(*hurried, *patient) == ["A", "B", "C", "D"]
+            assert queue.stages.batches[1:] == [["a", "b"], ["c", "d"]]
+
+    async def test_nobody_joins_a_batch_that_would_be_late_for_him(self):
+        """Two of three letters take six seconds, one of one letter takes one."""
+        cost = KnownCost()
+        async with running(cost=cost) as queue:
+            async with queue.busy():
+                patient = await queue.begin("aaa")
+                hurried = await queue.begin("b", within_s=2.5)
+                cost.per_work_s = 1.0
+            assert await answers(*patient, *hurried) == ["AAA", "B"]
+            assert queue.stages.batches[1:] == [["aaa"], ["b"]]
+
+
+def cancel(answer: "asyncio.Future[Any]", client: Client) -> None:
+    del client
+    answer.cancel()
+
+
+def leave(answer: "asyncio.Future[Any]", client: Client) -> None:
+    del answer
+    client.left = True
+
+
+@pytest.mark.parametrize("go", [cancel, leave])
+class TestClientLeft:
+    """Either nobody awaits the answer any more, or the connection is closed."""
+
+    async def test_one_who_left_is_never_prepared(self, go: Callable[..., None]):
         async with running() as queue:
-            queue.device.may_run.clear()
-            gone, patient = await queue.begin("gone", "patient")
-            assert queue.device.batches == [["gone", "patient"]]
-            gone.cancel()
-            await _let_run()
-            queue.device.may_run.set()
-            assert await patient == "PATIENT"
-            assert await queue.submit("next") == "NEXT"
+            client = Client()
+            async with queue.preparing():
+                gone = queue.submit("gone", client=client)
+                patient = queue.submit("patient")
+                go(gone, client)
+            assert await answers(patient) == ["PATIENT"]
+            assert queue.stages.prepared == [["first"], ["patient"]]
+            assert queue.dropped("client left") == 1
+            assert queue.queued_requests == queue.queued_work == 0
+            assert gone.cancelled() or isinstance(gone.exception(), ClientLeft)
+
+    async def test_one_who_left_is_never_run(self, go: Callable[..., None]):
+        async with running() as queue:
+            client = Client()
+            async with queue.busy():
+                (gone,) = await queue.begin("gone", client=client)
+                (patient,) = await queue.begin("patient")
+                go(gone, client)
+            assert await answers(patient) == ["PATIENT"]
+            assert queue.stages.batches == [["first"], ["patient"]]
+            assert queue.dropped("client left") == 1
+            assert queue.queued_requests == queue.queued_work == 0
+            assert gone.cancelled() or isinstance(gone.exception(), ClientLeft)
+
+    async def test_one_who_leaves_while_the_batch_runs_disturbs_nobody(
+        self, go: Callable[..., None]
+    ):
+        async with running() as queue:
+            client = Client()
+            async with held(queue.stages.may_run):
+                gone, patient = queue.submit("gone", client=client), queue.submit("patient")
+                await let_run()
+                assert queue.stages.batches == [["gone", "patient"]]
+                go(gone, client)
+            assert await answers(patient) == ["PATIENT"]
+            assert await queue.answer("next") == "NEXT"
+
+    async def test_one_who_leaves_while_he_is_prepared_disturbs_nobody(
+        self, go: Callable[..., None]
+    ):
+        async with running() as queue:
+            client = Client()
+            async with held(queue.stages.may_prepare):
+                gone, patient = queue.submit("gone", client=client), queue.submit("patient")
+                await let_run()
+                go(gone, client)
+            assert await answers(patient) == ["PATIENT"]
+            assert queue.stages.batches == [["patient"]]
+            assert gone.cancelled() or isinstance(gone.exception(), ClientLeft)
+
+
+async def test_a_client_is_asked_before_each_stage():
+    async with running() as queue:
+        client = Client()
+        async with held(queue.stages.may_prepare):
+            (answer,) = await queue.begin("a", client=client)
+            assert client.asked == 1
+        await answers(answer)
+        assert client.asked == 2
 
 
 class TestErrors:
-    async def test_an_error_for_one_request_is_its_own(self):
+    @pytest.mark.parametrize("stage", ["prepare", "run"])
+    async def test_an_error_for_one_request_is_its_own(self, stage):
         async with running() as queue:
             async with queue.busy():
-                refused, good = await queue.begin("refused", "good")
-            with pytest.raises(InvalidRequestError, match="refused"):
+                refused, good = await queue.begin(f"{stage} refuses", "good")
+            with pytest.raises(InvalidRequestError, match="refuses"):
                 await refused
-            assert await good == "GOOD"
+            assert await answers(good) == ["GOOD"]
 
-    @pytest.mark.parametrize("word", ["deadly", "forgotten"])
-    async def test_a_batch_that_fails_fails_all_its_requests_and_no_other(self, word):
-        """Also when the device answers fewer than it was asked: somebody would wait for ever."""
+    async def test_an_error_of_the_preparation_does_not_wait_for_the_device(self):
+        async with running() as queue, queue.busy():
+            (refused,) = await queue.begin("prepare refuses")
+            assert isinstance(refused.exception(), InvalidRequestError)
+            assert queue.queued_requests == 0
+
+    @pytest.mark.parametrize("failure", ["burns", "forgets"])
+    @pytest.mark.parametrize("stage", ["prepare", "run"])
+    async def test_a_batch_that_fails_fails_all_its_requests_and_no_other(self, stage, failure):
+        """Also when a stage answers fewer than it was asked: somebody would wait for ever."""
         async with running() as queue:
             async with queue.busy():
-                tasks = await queue.begin("neighbour", word)
-            answers = await asyncio.gather(*tasks, return_exceptions=True)
-            assert isinstance(answers[1], Exception)
-            assert not isinstance(answers[1], TimeoutError), "nobody answered"
-            assert await queue.submit("next") == "NEXT"
+                later = await queue.begin("neighbour", f"{stage} {failure}")
+            async with asyncio.timeout(PATIENCE_S):
+                found = await asyncio.gather(*later, return_exceptions=True)
+            assert all(isinstance(one, RuntimeError | AssertionError) for one in found)
+            assert await queue.answer("next") == "NEXT"
+            assert queue.queued_requests == 0
 
     async def test_requests_that_wait_when_it_stops_are_cancelled(self):
+        """In each stage, and before each."""
         queue = Queue()
         queue.batcher.start()
-        queue.device.may_run.clear()
-        running_, waiting = [*await queue.begin("running"), *await queue.begin("waiting")]
+        queue.stages.may_run.clear()
+        found = [*await queue.begin("runs"), *await queue.begin("ready")]
+        queue.stages.may_prepare.clear()
+        found += [*await queue.begin("prepares"), *await queue.begin("waits")]
         await queue.batcher.stop()
-        answers = await asyncio.gather(running_, waiting, return_exceptions=True)
-        assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
-        assert queue.device.batches == [["running"]]
+        assert [answer.cancelled() for answer in found] == [True] * 4
+        assert queue.stages.batches == [["runs"]]
+        assert queue.stages.prepared == [["runs"], ["ready"], ["prepares"]]

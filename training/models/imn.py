@@ -57,7 +57,7 @@ class MultiWayAttention(nn.Module):
             torch.cat([memory_BCD, target_BCD], dim=-1), *self._kernel_map()
         )
         # H before C: the second layer then contracts one leading axis of a contiguous tensor.
-        kernels_BHCE = kernels_BCX.unflatten(2, (n_hidden, -1)).transpose(1, 2)
+        kernels_BHCE = torch.unflatten(kernels_BCX, 2, (n_hidden, -1)).transpose(1, 2)
         hidden_BXL = torch.sigmoid(kernels_BHCE.flatten(1, 2) @ history_BEL)
         # One copy of the second layer for each row: cuBLAS takes a product with as many matrices
         # on both sides by their stride, any other by a list of addresses, which a captured CUDA
@@ -147,6 +147,7 @@ class IterativeMemoryNetwork(nn.Module):
         if self.enhancement is not None:
             user_of = read_of
             for transform in self.transforms:
+                assert isinstance(transform, nn.Linear)
                 transformed_of = torch.cat([transform.weight, nothing_DD], dim=1)
                 input_of = torch.cat([transformed_of, memory_of])
                 user_target_XF = torch.cat([user_XD, target_XD], dim=1)
@@ -164,22 +165,20 @@ def gru_step(
     too, so that one product makes all of them, whatever the input was made of; the weights'
     products are constants of an exported graph.
     """
-    of_input_r_z, of_input_n = cell.weight_ih.split([2 * cell.hidden_size, cell.hidden_size])
-    of_state_r_z, of_state_n = cell.weight_hh.split([2 * cell.hidden_size, cell.hidden_size])
+    n_r_z, n_state = 2 * cell.hidden_size, cell.hidden_size
+    of_input, of_state = cell.weight_ih, cell.weight_hh
     weight = torch.cat(
         [
-            of_input_r_z @ input_of + of_state_r_z @ state_of,
-            of_input_n @ input_of,
-            of_state_n @ state_of,
+            of_input[:n_r_z] @ input_of + of_state[:n_r_z] @ state_of,
+            of_input[n_r_z:] @ input_of,
+            of_state[n_r_z:] @ state_of,
         ]
     )
-    bias_r_z = (cell.bias_ih + cell.bias_hh)[: 2 * cell.hidden_size]
     bias = torch.cat(
-        [bias_r_z, cell.bias_ih[-cell.hidden_size :], cell.bias_hh[-cell.hidden_size :]]
+        [(cell.bias_ih + cell.bias_hh)[:n_r_z], cell.bias_ih[n_r_z:], cell.bias_hh[n_r_z:]]
     )
-    r_z, input_n, state_n = functional.linear(features_XF, weight, bias).split(
-        [2 * cell.hidden_size, cell.hidden_size, cell.hidden_size], dim=1
-    )
+    gates_X = functional.linear(features_XF, weight, bias)
+    r_z, input_n, state_n = torch.split(gates_X, [n_r_z, n_state, n_state], dim=1)
     r, z = torch.sigmoid(r_z).chunk(2, dim=1)
     n = torch.tanh(input_n + r * state_n)
     return n + z * (state_XD - n)
