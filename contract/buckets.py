@@ -25,4 +25,5 @@ def time_buckets(elapsed_s: NDArray[np.int64], unit_s: int, n_buckets: int) -> N
     exponents = units.astype(np.float64).view(np.int64)
     exponents >>= _MANTISSA_BITS
     exponents -= _EXPONENT_OF_ONE
-    return np.clip(exponents, 0, n_buckets - 1, out=exponents)
+    np.maximum(exponents, 0, out=exponents)
+    return np.minimum(exponents, n_buckets - 1, out=exponents)

@@ -36,6 +36,8 @@ OutT = TypeVar("OutT")
 Size = tuple[int, int]
 # How much of the running mean of preparation times the latest one is.
 _LATEST_SHARE = 0.05
+# A client that was there so many seconds ago still is.
+_ASKED_EVERY_S = 0.002
 # Of the admitted requests, so many shall be answered within their deadline.
 _KEPT_SHARE = 0.995
 
@@ -54,6 +56,7 @@ class _Pending(Generic[RequestT, PreparedT, AnswerT]):
     predicted_end: float
     has_left: Callable[[], bool]
     answer: "asyncio.Future[tuple[AnswerT, float]]"
+    asked: float
     prepared: PreparedT | None = None
     preparation_s: float = 0.0
 
@@ -127,6 +130,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._lateness = RunningQuantile(_KEPT_SHARE)
         self._overrun = RunningQuantile(_KEPT_SHARE)
         self._workers: list[asyncio.Task[None]] = []
+        metrics.before_scrape(self._count_waiting)
 
     def start(self) -> None:
         """Begin to take requests, within the running event loop."""
@@ -162,12 +166,14 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         predicted_end = self._predicted_end(work, now)
         if self._n_inside:  # a request that finds nobody before it is taken whatever it takes
             self._refuse_what_cannot_be_met(work, now, predicted_end, deadline)
-        pending = _Pending[RequestT, PreparedT, AnswerT](
+        # Not `_Pending[...]`: that would cost more than all of its fields.
+        pending: _Pending[RequestT, PreparedT, AnswerT] = _Pending(
             request=request,
             size=size,
             work=work,
             deadline=deadline,
             entered=now,
+            asked=now,
             predicted_end=predicted_end,
             has_left=has_left,
             answer=asyncio.get_running_loop().create_future(),
@@ -175,7 +181,6 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._n_inside += 1
         pending.answer.add_done_callback(lambda _: self._left(pending))
         self._queue.put(pending)
-        self._count_waiting()
         return pending.answer
 
     def _left(self, pending: _Pending[RequestT, PreparedT, AnswerT]) -> None:
@@ -224,6 +229,8 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         while True:
             await self._queue.grew.wait()
             self._queue.grew.clear()
+            # One turn of the event loop: what has arrived together is prepared together.
+            await asyncio.sleep(0)
             while self._queue.pending:
                 # More than the device's next batch need not be ready: it would only grow old.
                 while self._ready.pending and self._ready.work >= self._batch_limit():
@@ -289,7 +296,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     def _is_wanted(
         self, pending: _Pending[RequestT, PreparedT, AnswerT], answered_by: float
     ) -> bool:
-        if pending.answer.done() or pending.has_left():
+        if pending.answer.done() or self._has_left(pending):
             self._metrics.dropped.labels("client left").inc()
             if not pending.answer.done():
                 pending.answer.set_exception(ClientLeft())
@@ -304,6 +311,13 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             )
             return False
         return True
+
+    def _has_left(self, pending: _Pending[RequestT, PreparedT, AnswerT]) -> bool:
+        now = time.perf_counter()
+        if now - pending.asked < _ASKED_EVERY_S:
+            return False
+        pending.asked = now
+        return pending.has_left()
 
     async def _prepare_batch(self, batch: list[_Pending[RequestT, PreparedT, AnswerT]]) -> None:
         started = time.perf_counter()

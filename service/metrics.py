@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -52,7 +53,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "mneme_stage_seconds",
-            "Time of a scored request, by stage.",
+            "Time of a batch (fetch, encode, infer) or of a request (queue, total).",
             ("stage",),
             buckets=_LATENCY_EDGES_S,
             registry=self.registry,
@@ -116,6 +117,7 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._refresh: list[Callable[[], None]] = []
         self._answers: dict[tuple[str, int], Counter] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
@@ -126,13 +128,18 @@ class Metrics:
             counter = self._answers[route, status] = self.requests.labels(route, status)
         counter.inc()
 
-    def observe_stages(self, **seconds: float) -> None:
-        """Record where one request's time went."""
-        for stage, duration_s in seconds.items():
-            self._stages[stage].observe(duration_s)
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """Record what one batch (fetch, encode, infer) or one request (queue, total) took."""
+        self._stages[stage].observe(seconds)
+
+    def before_scrape(self, refresh: Callable[[], None]) -> None:
+        """Let `refresh` bring gauges up to date whenever metrics are asked for."""
+        self._refresh.append(refresh)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' format: of all workers, where there are several."""
+        for refresh in self._refresh:
+            refresh()
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is None:
             return generate_latest(self.registry)

@@ -59,7 +59,7 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _read(receive: Receive) -> bytes:
     message = await receive()
-    if not message.get("more_body", False):
+    if message["type"] == "http.request" and not message.get("more_body", False):
         return message.get("body", b"")  # type: ignore[no-any-return]  # ASGI messages are untyped
     chunks = [message.get("body", b"")]
     while message.get("more_body", False):
@@ -159,13 +159,8 @@ async def _answer(
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
     metrics = services.metrics
-    metrics.observe_stages(
-        fetch=scored.fetch_s,
-        encode=scored.encode_s,
-        infer=scored.infer_s,
-        queue=waited_s,
-        total=total_s,
-    )
+    metrics.observe_stage("queue", waited_s)
+    metrics.observe_stage("total", total_s)
     metrics.history_behaviors.observe(scored.history_length)
     if scored.unknown_candidates:
         metrics.unknown_candidates.inc(scored.unknown_candidates)

@@ -111,6 +111,7 @@ class BatchScorer:
         started = time.perf_counter()
         histories, degraded = await self._histories(requests)
         fetch_s = time.perf_counter() - started
+        self._metrics.observe_stage("fetch", fetch_s)
         outcome: list[Prepared | ServiceError] = [
             history if isinstance(history, ServiceError) else ModelFailedError("not encoded")
             for history in histories
@@ -133,6 +134,7 @@ class BatchScorer:
         loop = asyncio.get_running_loop()
         scores_BC, infer_s = await loop.run_in_executor(self._device, self._infer, batch)
         self._metrics.batch_requests.observe(len(batch))
+        self._metrics.observe_stage("infer", infer_s)
         all_finite = bool(np.isfinite(scores_BC).all())
         return [
             Scored(
@@ -194,6 +196,7 @@ class BatchScorer:
         is_corrupt_B = corrupt_B.tolist()
         width = inputs.history_items.shape[1]
         encode_s = time.perf_counter() - started
+        self._metrics.observe_stage("encode", encode_s)
         return [
             CorruptHistoryError(
                 f"the history of user {request.user_id!r} cannot be read: it holds an item id "

@@ -6,7 +6,6 @@ them all. Shapes: B requests, C candidates, L history length.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 # Between neighbours lies a fifth to a third: so much of a batch is padding at worst. A CPU pays
@@ -36,20 +35,23 @@ class Shape(NamedTuple):
         return self.batch * self.candidates * self.length
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShapeGrid:
     """The sizes of each axis, ascending. What is larger than all of them stays as it is."""
 
-    batches: Sequence[int]
-    candidates: Sequence[int]
-    lengths: Sequence[int]
+    def __init__(
+        self, *, batches: Sequence[int], candidates: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self.batches, self.candidates, self.lengths = batches, candidates, lengths
+        # Asked several times for each request.
+        self._up = tuple(_rounded_up(sizes) for sizes in (batches, candidates, lengths))
 
     def round_up(self, batch: int, candidates: int, length: int) -> Shape:
         """Return the smallest shape of the grid that holds the batch."""
+        batches, many, lengths = self._up
         return Shape(
-            _round_up(self.batches, batch),
-            _round_up(self.candidates, candidates),
-            _round_up(self.lengths, length),
+            batches[batch] if batch < len(batches) else batch,
+            many[candidates] if candidates < len(many) else candidates,
+            lengths[length] if length < len(lengths) else length,
         )
 
     def shapes(self, max_work: int) -> Iterator[Shape]:
@@ -73,6 +75,6 @@ def shape_grid(provider: Literal["cpu", "cuda"], history_length: int) -> ShapeGr
     )
 
 
-def _round_up(sizes: Sequence[int], size: int) -> int:
-    position = bisect_left(sizes, size)
-    return sizes[position] if position < len(sizes) else size
+def _rounded_up(sizes: Sequence[int]) -> list[int]:
+    """Return for each number, from 0 to the largest size, the size that holds it."""
+    return [sizes[bisect_left(sizes, n)] for n in range(max(sizes, default=-1) + 1)]

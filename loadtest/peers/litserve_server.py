@@ -17,8 +17,9 @@ from loadtest.peers.scoring import (
     read_options,
 )
 
-# The default: a batch is what is queued when the last one is done. With a timeout each request
-# would wait for the end of a window, that opens whether or not anybody is there.
+# The default: a batch is what is queued when the last one is done, and an idle worker asks its
+# queue without pause. With a timeout each request would wait for the end of a window, that opens
+# whether or not anybody is there.
 BATCH_TIMEOUT_S = 0.0
 
 

@@ -29,8 +29,19 @@ def test_rows_keep_the_shape():
     assert catalogue.rows(np.array([[5, 6], [7, 0]])).tolist() == [[2, 1], [3, 0]]
 
 
-def test_negative_ids_are_unknown():
-    assert Catalogue(np.array([5])).rows(np.array([-5])).tolist() == [1]
+@pytest.mark.parametrize("known", [5, MAX_ITEM - 1], ids=["direct table", "hash table"])
+def test_ids_outside_of_all_bounds_are_unknown(known):
+    asked = np.array([-1, -5, np.iinfo(np.int64).min + 1, 70_000, MAX_ITEM])
+    assert Catalogue(np.array([known])).rows(asked).tolist() == [1] * 5
+
+
+def test_close_and_scattered_ids_get_the_same_rows():
+    """Both kinds of table, at the size where one gives way to the other."""
+    close = np.arange(1, 20_001, dtype=np.int64)
+    assert (Catalogue(close).rows(close[::-7]) == close[::-7] + 1).all()
+    scattered = close * 17
+    assert (Catalogue(scattered).rows(scattered[::-7]) == close[::-7] + 1).all()
+    assert (Catalogue(scattered).rows(scattered - 1)[1:] == 1).all()
 
 
 def test_a_catalogue_may_be_empty():

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from loadtest.redis_server import free_port, redis_server
 from service.app import create_app
 from service.history import HistoryStore, connect
 from service.settings import Settings
-from tests.service.dummy_model import HISTORY_LENGTH, DummyModel
+from tests.service.dummy_model import HISTORY_LENGTH, QUICK, DummyModel
 from tests.service.live_service import PATIENCE_S, LiveService, live_service
 from tests.service.tiny_bundle import make_bundle
 
@@ -134,8 +134,13 @@ def serve(redis_url) -> Iterator[Serve]:
     """Start services of the test's own, with other settings or from zero."""
     with ExitStack() as stack:
 
-        def start(*, history: HistoryStore | None = None, **changes: Any) -> LiveService:
-            model = DummyModel()
+        def start(
+            *,
+            history: HistoryStore | None = None,
+            warm_up_took: Sequence[tuple[int, float]] = QUICK,
+            **changes: Any,
+        ) -> LiveService:
+            model = DummyModel(warm_up_took=warm_up_took)
             settings = patient_settings(changes.pop("redis_url", redis_url), **changes)
             return stack.enter_context(
                 live_service(create_app(settings, model, history=history), model)

@@ -9,7 +9,8 @@ Items 1 .. 90 are known. A score is a number of seven digits, `ddooncc`:
 """
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +25,9 @@ from service.shapes import Shape, ShapeGrid
 HISTORY_LENGTH = 8
 KNOWN_ITEMS = 90
 UNKNOWN = 99
+# (work, seconds): 0.1 ms for a batch and 1 us for a pair of candidate and behavior. With this to
+# begin with, the service takes a run that a test holds up for a hiccup.
+QUICK = ((1, 0.000_101), (1001, 0.001_101))
 _PATIENCE_S = 30.0
 
 
@@ -54,12 +58,14 @@ class DummyModel:
     """Scores as above. `runs` keeps the inputs of every run; `held` stops runs where they are.
 
     `fails_with` is raised instead of an answer. `answers_with` replaces all scores by one number.
-    `forgets_a_candidate` leaves out the last column.
+    `forgets_a_candidate` leaves out the last column. `takes_s`: seconds of a run.
+    `warm_up_took`: (work, seconds) of batches that the warm-up pretends to have run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, warm_up_took: Sequence[tuple[int, float]] = QUICK) -> None:
         self.manifest = dummy_manifest()
         self.catalogue = Catalogue(np.arange(1, KNOWN_ITEMS + 1, dtype=np.int64))
+        self._warm_up_took = list(warm_up_took)
         # No axis has sizes: nothing is rounded up, and every batch has its own shape.
         self.shapes = ShapeGrid(batches=(), candidates=(), lengths=())
         self._may_run = threading.Event()
@@ -71,6 +77,7 @@ class DummyModel:
         self.fails_with: Exception | None = None
         self.answers_with: float | None = None
         self.forgets_a_candidate = False
+        self.takes_s = 0.0
         self._is_busy.clear()
         self._may_run.set()
 
@@ -86,7 +93,11 @@ class DummyModel:
         try:
             yield
         finally:
-            self._may_run.set()
+            self.release()
+
+    def release(self) -> None:
+        """Let runs go on, within the block already."""
+        self._may_run.set()
 
     def wait_until_busy(self) -> None:
         """Return when a run is being held."""
@@ -101,12 +112,13 @@ class DummyModel:
 
     def warm_up(self, max_work: int) -> list[tuple[int, float]]:
         del max_work
-        return []
+        return self._warm_up_took
 
     def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
         self.runs.append(inputs)
         self._is_busy.set()
         assert self._may_run.wait(_PATIENCE_S), "held for too long"
+        time.sleep(self.takes_s)
         if self.fails_with is not None:
             raise self.fails_with
         if self.answers_with is not None:

@@ -1,5 +1,6 @@
 """The application behind a real uvicorn on a free port, and what /metrics says of it."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ class LiveService:
 
     client: httpx.Client
     model: DummyModel
+    server: uvicorn.Server
 
     @property
     def address(self) -> tuple[str, int]:
@@ -63,6 +65,21 @@ class LiveService:
                     return sample.value
         return 0.0
 
+    @contextmanager
+    def client_that_leaves(self, request: bytes) -> Iterator[socket.socket]:
+        """Send bytes on a connection; close it with the block, and return when the server knows."""
+        with socket.create_connection(self.address, timeout=PATIENCE_S) as connection:
+            port = connection.getsockname()[1]
+            connection.sendall(request)
+            wait_until(lambda: port in self._client_ports(), "the server has taken the connection")
+            yield connection
+        wait_until(lambda: port not in self._client_ports(), "the server has seen it close")
+        time.sleep(0.01)  # the service does not ask for a client that was there a moment ago
+
+    def _client_ports(self) -> list[int]:
+        connections: list[Any] = list(self.server.server_state.connections)
+        return [connection.client[1] for connection in connections if connection.client]
+
     def wait_for(self, name: str, value: float, **labels: str) -> None:
         """Return when a sample of /metrics has the value."""
         wait_until(lambda: self.metric(name, **labels) == value, f"{name} {labels} = {value}")
@@ -89,7 +106,7 @@ def live_service(app: FastAPI, model: DummyModel) -> Iterator[LiveService]:
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False, verify=False
         ) as client:
-            yield LiveService(client=client, model=model)
+            yield LiveService(client=client, model=model, server=server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

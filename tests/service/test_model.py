@@ -9,10 +9,12 @@ import onnxruntime as ort
 import pytest
 
 from contract.bundle import CATALOGUE, GOLDEN, MANIFEST, MODEL
+from contract.catalogue import FIRST_ROW
 from contract.encoding import encode
 from contract.errors import BundleError
 from contract.golden import GoldenRows
 from service.model import OnnxModel
+from service.shapes import Shape, shape_grid
 from tests.service.tiny_bundle import (
     HISTORY_LENGTH,
     ITEM_IDS,
@@ -74,6 +76,29 @@ class TestGoodBundle:
             length=length,
         )
         assert model.run(inputs).shape == (n_requests, n_candidates)
+
+    @pytest.mark.parametrize("shape", [Shape(1, 1, 1), Shape(4, 100, HISTORY_LENGTH)])
+    def test_it_runs_the_arrays_that_it_gave(self, good_bundle, shape):
+        model = OnnxModel(good_bundle)
+        inputs = model.inputs(shape)
+        empty = model.run(inputs)
+        assert empty.shape == (shape.batch, shape.candidates)
+        inputs.candidate_items[:] = FIRST_ROW
+        assert not np.array_equal(model.run(inputs), empty)
+
+    def test_its_batches_are_padded_to_the_grid_of_its_device(self, good_bundle):
+        model = OnnxModel(good_bundle)
+        assert model.shapes.lengths == shape_grid("cpu", HISTORY_LENGTH).lengths
+        assert model.shapes.round_up(7, 7, HISTORY_LENGTH) == Shape(8, 8, HISTORY_LENGTH)
+
+    @pytest.mark.parametrize("max_work", [1, 10**9], ids=["small batches only", "all"])
+    def test_a_warm_up_measures_batches_of_several_sizes(self, good_bundle, max_work):
+        """Fewer than two sizes would not tell the fixed cost from the cost of work."""
+        measured = OnnxModel(good_bundle).warm_up(max_work)
+        works = {work for work, _ in measured}
+        assert {1, 100 * HISTORY_LENGTH} <= works
+        assert (4 * 100 * HISTORY_LENGTH in works) == (max_work > 1)
+        assert all(seconds > 0 for _, seconds in measured)
 
     def test_a_difference_within_the_tolerance_is_accepted(self, bundle):
         """Another device sums in another order."""
@@ -211,7 +236,6 @@ class TestRefusedByItsGoldenRows:
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine has CUDA"
 )
-@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_gpu_is_never_replaced_by_the_cpu_silently(good_bundle):
     """And the operator hears what is missing, not what onnxruntime thinks of its nodes."""
     with pytest.raises(BundleError, match="CUDAExecutionProvider"):

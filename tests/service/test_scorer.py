@@ -1,16 +1,23 @@
 """A batch from Redis to scores: who is scored by what, and whose error is whose."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.errors import CorruptHistoryError, HistoryUnavailableError, ModelFailedError
+from service.errors import (
+    CorruptHistoryError,
+    HistoryUnavailableError,
+    ModelFailedError,
+)
 from service.metrics import Metrics
-from service.scorer import BatchScorer, Scored, ScoreRequest
+from service.model import OnnxModel
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
+from service.shapes import ShapeGrid
 from tests.service.dummy_model import HISTORY_LENGTH, UNKNOWN, DummyModel, score_of
 from tests.service.histories import DAY_S, NOW, records, steps
+from tests.service.tiny_bundle import ITEM_IDS
 
 
 def request(
@@ -53,6 +60,14 @@ def scorer(make_scorer, store) -> BatchScorer:
     return scorer
 
 
+async def score(scorer: BatchScorer, requests: Sequence[ScoreRequest]) -> list[Any]:
+    """Prepare the requests, run those that could be, and return all outcomes in their order."""
+    prepared = await scorer.prepare(requests)
+    ready = [one for one in prepared if isinstance(one, Prepared)]
+    scored = iter(await scorer.run(ready) if ready else [])
+    return [next(scored) if isinstance(one, Prepared) else one for one in prepared]
+
+
 def scores(answer: object) -> list[float]:
     assert isinstance(answer, Scored), answer
     found: list[float] = answer.scores.tolist()
@@ -68,8 +83,9 @@ class TestScores:
         """Different histories, candidates and ranking times in one batch."""
         redis.set("history:ann", records((5, NOW - 9 * DAY_S), (7, NOW - DAY_S)))
         redis.set("history:bob", records((9, NOW)))
-        ann, nobody, bob = await scorer.score(
-            [request("ann", 3, 1, 2), request("nobody", 4), request("bob", 6, 6, at=NOW + DAY_S)]
+        ann, nobody, bob = await score(
+            scorer,
+            [request("ann", 3, 1, 2), request("nobody", 4), request("bob", 6, 6, at=NOW + DAY_S)],
         )
         assert scores(ann) == [
             score_of(3, behaviors=2, oldest=5, day=1),
@@ -85,22 +101,22 @@ class TestScores:
     ):
         redis.set("history:ann", records((5, NOW)))
         redis.config_resetstat()
-        first, second = await scorer.score([request("ann", 1), request("ann", 2, 3)])
+        first, second = await score(scorer, [request("ann", 1), request("ann", 2, 3)])
         assert scores(first) == [score_of(1, behaviors=1, oldest=5)]
         assert scores(second) == [score_of(c, behaviors=1, oldest=5) for c in (2, 3)]
         assert redis.info("commandstats")["cmdstat_getrange"]["calls"] == 1
 
     async def test_the_model_sees_the_newest_behaviors_only(self, scorer, redis):
         redis.set("history:ann", records(*steps(*range(1, HISTORY_LENGTH + 4))))
-        (answer,) = await scorer.score([request("ann", 1)])
+        (answer,) = await score(scorer, [request("ann", 1)])
         assert scores(answer) == [score_of(1, behaviors=HISTORY_LENGTH, oldest=4)]
         assert answer.history_length == HISTORY_LENGTH
 
     async def test_a_history_of_the_request_replaces_the_stored_one(self, scorer, redis):
         redis.set("history:ann", records((5, NOW)))
         given = records(*steps(*range(11, 11 + HISTORY_LENGTH + 1)))
-        empty, full, stored = await scorer.score(
-            [request("ann", history=b""), request("ann", history=given), request("ann")]
+        empty, full, stored = await score(
+            scorer, [request("ann", history=b""), request("ann", history=given), request("ann")]
         )
         assert scores(empty) == [score_of(1)]
         assert scores(full) == [score_of(1, behaviors=HISTORY_LENGTH, oldest=12)]
@@ -108,7 +124,7 @@ class TestScores:
 
     async def test_unknown_items_are_counted_and_scored_as_the_unknown_item(self, scorer, redis):
         redis.set("history:ann", records((2**63 - 1, NOW)))
-        ann, bob = await scorer.score([request("ann", 1, 91, 2**63 - 1), request("bob", 90)])
+        ann, bob = await score(scorer, [request("ann", 1, 91, 2**63 - 1), request("bob", 90)])
         assert scores(ann) == [
             score_of(c, behaviors=1, oldest=UNKNOWN) for c in (1, UNKNOWN, UNKNOWN)
         ]
@@ -116,12 +132,12 @@ class TestScores:
 
     async def test_a_behavior_in_the_future_has_no_age(self, scorer, redis):
         redis.set("history:ann", records((5, NOW + 3 * DAY_S)))
-        (answer,) = await scorer.score([request("ann")])
+        (answer,) = await score(scorer, [request("ann")])
         assert scores(answer) == [score_of(1, behaviors=1, oldest=5, day=0)]
 
     async def test_a_batch_is_one_run_as_wide_as_its_longest(self, scorer, redis, model, metrics):
         redis.set("history:ann", records(*steps(1, 2, 3)))
-        await scorer.score([request("ann", 1), request("bob", 1, 2)])
+        await score(scorer, [request("ann", 1), request("bob", 1, 2)])
         (run,) = model.runs
         assert run.history_items.shape == (2, 3)
         assert run.candidate_items.shape == (2, 2)
@@ -129,9 +145,91 @@ class TestScores:
         assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 1
 
     async def test_the_time_of_each_stage_is_told(self, scorer):
-        (answer,) = await scorer.score([request("ann")])
-        assert sorted(answer.seconds) == ["encode", "fetch", "infer"]
-        assert all(seconds >= 0 for seconds in answer.seconds.values())
+        (answer,) = await score(scorer, [request("ann")])
+        assert min(answer.fetch_s, answer.encode_s, answer.infer_s) > 0
+
+
+class TestStages:
+    async def test_preparing_runs_nothing(self, scorer, redis, model, metrics):
+        redis.set("history:ann", records(*steps(1, 2, 3)))
+        (one,) = await scorer.prepare([request("ann", 7, 91)])
+        assert [len(one.history_items), len(one.history_buckets)] == [3, 3]
+        assert [one.unknown_candidates, one.degraded] == [1, False]
+        assert model.runs == []
+        assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 0
+
+    async def test_what_was_prepared_in_several_batches_is_run_in_one(self, scorer, redis, model):
+        redis.set("history:ann", records(*steps(5, 6, 7)))
+        redis.set("history:bob", records((9, NOW)))
+        (ann,) = await scorer.prepare([request("ann", 1, 2, at=NOW + 2)])
+        nobody, bob = await scorer.prepare([request("nobody", 3), request("bob", 4)])
+        answers = await scorer.run([bob, ann, nobody])
+        assert [scores(answer) for answer in answers] == [
+            [score_of(4, behaviors=1, oldest=9)],
+            [score_of(c, behaviors=3, oldest=5) for c in (1, 2)],
+            [score_of(3)],
+        ]
+        assert model.batch_sizes == [3]
+
+    @pytest.mark.parametrize(
+        ("history", "length"),
+        [
+            pytest.param(None, HISTORY_LENGTH, id="as long as can be, until it is read"),
+            pytest.param(b"", 1, id="given, empty"),
+            pytest.param(records(*steps(1, 2, 3)), 3, id="given"),
+            pytest.param(records(*steps(*range(1, 20))), HISTORY_LENGTH, id="given, too long"),
+        ],
+    )
+    async def test_a_request_counts_what_it_can_cost(self, scorer, history, length):
+        assert scorer.size(request("ann", 1, 2, history=history)) == (2, length)
+
+    @pytest.mark.parametrize("n", [0, 1, 3, HISTORY_LENGTH + 5])
+    async def test_and_what_it_does_cost_once_it_is_prepared(self, scorer, redis, n):
+        redis.set("history:ann", records(*steps(*range(1, n + 1))))
+        (one,) = await scorer.prepare([request("ann", 1, 2)])
+        assert scorer.prepared_size(one) == (2, min(max(1, n), HISTORY_LENGTH))
+
+
+class TestRoundedShapes:
+    async def test_a_batch_is_padded_to_a_shape_of_the_models(self, scorer, redis, model):
+        """And each request still gets its own scores."""
+        model.shapes = ShapeGrid(batches=(1, 4), candidates=(5, 10), lengths=(2, 6))
+        redis.set("history:ann", records(*steps(5, 6, 7)))
+        ann, bob = await score(scorer, [request("ann", 1, 2, at=NOW + 2), request("bob", 3)])
+        (run,) = model.runs
+        assert run.history_items.shape == (4, 6)
+        assert run.history_buckets.shape == (4, 6, 1)
+        assert run.candidate_items.shape == (4, 5)
+        assert scores(ann) == [score_of(c, behaviors=3, oldest=5) for c in (1, 2)]
+        assert scores(bob) == [score_of(3)]
+
+    async def test_padding_does_not_change_the_scores_of_a_real_model(
+        self, good_bundle, store, metrics
+    ):
+        model = OnnxModel(good_bundle)
+        rng = np.random.default_rng(1)
+        requests = [
+            request(
+                f"user {b}",
+                *rng.choice(ITEM_IDS, 1 + 3 * b),
+                at=NOW + DAY_S,
+                history=records(*steps(*rng.choice(ITEM_IDS, b).tolist())),
+            )
+            for b in range(5)
+        ]
+        found = []
+        for sizes in ((), (16,)):
+            model.shapes = ShapeGrid(batches=sizes, candidates=sizes, lengths=sizes)
+            scorer = BatchScorer(model, store, metrics, on_redis_failure="refuse")
+            found.append([scores(answer) for answer in await score(scorer, requests)])
+            # Alone, each has another exact shape still.
+            found.append([scores((await score(scorer, [one]))[0]) for one in requests])
+            scorer.close()
+        exact, *others = found
+        for other in others:
+            for scores_C, expected_C in zip(other, exact, strict=True):
+                np.testing.assert_allclose(scores_C, expected_C, atol=1e-6)
+        assert len({round(score, 6) for row in exact for score in row}) > 5
 
 
 class TestCorruptHistories:
@@ -147,8 +245,8 @@ class TestCorruptHistories:
     async def test_only_their_user_hears_of_it(self, scorer, redis, metrics, value, reason):
         redis.set("history:ann", value)
         redis.set("history:bob", records((9, NOW)))
-        bob, ann, nobody = await scorer.score(
-            [request("bob", 3), request("ann"), request("nobody", 4)]
+        bob, ann, nobody = await score(
+            scorer, [request("bob", 3), request("ann"), request("nobody", 4)]
         )
         assert isinstance(ann, CorruptHistoryError)
         assert "the history of user 'ann' cannot be read" in ann.detail
@@ -160,12 +258,12 @@ class TestCorruptHistories:
     async def test_what_the_model_does_not_read_is_not_judged(self, scorer, redis):
         old = [(0, NOW), *steps(*range(1, HISTORY_LENGTH + 1))]
         redis.set("history:ann", records(*old))
-        (answer,) = await scorer.score([request("ann")])
+        (answer,) = await score(scorer, [request("ann")])
         assert scores(answer) == [score_of(1, behaviors=HISTORY_LENGTH, oldest=1)]
 
     async def test_a_batch_of_nothing_else_costs_no_run(self, scorer, redis, model):
         redis.rpush("history:ann", "x")
-        (answer,) = await scorer.score([request("ann")])
+        (answer,) = await score(scorer, [request("ann")])
         assert isinstance(answer, CorruptHistoryError)
         assert model.runs == []
 
@@ -173,21 +271,21 @@ class TestCorruptHistories:
 class TestRedisAway:
     async def test_requests_that_need_it_fail_and_others_do_not(self, make_scorer, away_store):
         scorer = make_scorer(away_store)
-        ann, bob = await scorer.score([request("ann"), request("bob", history=records((5, NOW)))])
+        ann, bob = await score(scorer, [request("ann"), request("bob", history=records((5, NOW)))])
         assert isinstance(ann, HistoryUnavailableError)
         assert scores(bob) == [score_of(1, behaviors=1, oldest=5)]
 
     async def test_or_are_scored_cold_where_the_operator_says_so(self, make_scorer, away_store):
         scorer = make_scorer(away_store, on_redis_failure="cold")
-        ann, bob = await scorer.score(
-            [request("ann", 3), request("bob", history=records((5, NOW)))]
+        ann, bob = await score(
+            scorer, [request("ann", 3), request("bob", history=records((5, NOW)))]
         )
         assert scores(ann) == [score_of(3)]
         assert scores(bob) == [score_of(1, behaviors=1, oldest=5)]
         assert [ann.degraded, bob.degraded] == [True, False]
 
     async def test_requests_with_their_own_history_do_not_ask_it(self, make_scorer, away_store):
-        (answer,) = await make_scorer(away_store).score([request("ann", history=b"")])
+        (answer,) = await score(make_scorer(away_store), [request("ann", history=b"")])
         assert not answer.degraded
 
 
@@ -195,25 +293,25 @@ class TestModelFailures:
     async def test_a_model_that_raises_fails_the_batch(self, scorer, model):
         model.fails_with = RuntimeError("out of memory")
         with pytest.raises(ModelFailedError, match="the model failed: out of memory"):
-            await scorer.score([request("ann")])
+            await score(scorer, [request("ann")])
 
     async def test_scores_of_another_shape_fail_the_batch(self, scorer, model):
         """Or a request would get fewer scores than it has candidates."""
         model.forgets_a_candidate = True
         with pytest.raises(ModelFailedError, match="shape"):
-            await scorer.score([request("ann", 1, 2)])
+            await score(scorer, [request("ann", 1, 2)])
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
     async def test_a_score_that_is_no_number_is_an_error(self, scorer, model, number):
         model.answers_with = number
-        (answer,) = await scorer.score([request("ann")])
+        (answer,) = await score(scorer, [request("ann")])
         assert isinstance(answer, ModelFailedError)
         assert answer.detail == "the model gave a score that is not a finite number"
 
     async def test_the_next_batch_is_scored_again(self, scorer, model):
         model.fails_with = RuntimeError("out of memory")
         with pytest.raises(ModelFailedError):
-            await scorer.score([request("ann")])
+            await score(scorer, [request("ann")])
         model.fails_with = None
-        (answer,) = await scorer.score([request("ann", 7)])
+        (answer,) = await score(scorer, [request("ann", 7)])
         assert scores(answer) == [score_of(7)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsError, add_flags, read_settings
+from service.settings import Settings, SettingsError, add_flags, read_settings, write_settings
 
 FIELDS = sorted(Settings.model_fields)
 
@@ -121,6 +121,46 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(Settings(bundle=Path("b")), id="defaults"),
+        pytest.param(
+            Settings(
+                bundle=Path("/a folder/of bundles"),
+                redis_url="rediss://user:p%40ss@redis:6380/3",
+                key_prefix="shop:a",
+                redis_timeout_s=0.1 + 0.2,
+                on_redis_failure="cold",
+                host="::",
+                port=1,
+                workers=7,
+                provider="cuda",
+                threads=3,
+                deadline_s=1 / 3,
+                max_batch_work=1,
+                max_queue_work=2**40,
+                max_body_bytes=1,
+                max_clock_skew_s=0,
+            ),
+            id="none of the defaults",
+        ),
+    ],
+)
+def test_written_settings_are_read_as_the_same(environment, settings):
+    """They are how workers come to know theirs."""
+    environment(REDIS_URL="redis://anyones")
+    environment(**write_settings(settings))
+    assert read_settings({}) == settings
+
+
+def test_the_settings_above_are_none_of_the_defaults():
+    """Or the way there and back would prove nothing of a new setting."""
+    (mark,) = test_written_settings_are_read_as_the_same.pytestmark  # type: ignore[attr-defined]
+    defaults, others = (dict(param.values[0]) for param in mark.args[1])
+    assert [name for name in FIELDS if defaults[name] == others[name]] == []
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         pytest.param({"port": "many"}, "port: Input should be a valid integer", id="no number"),
@@ -129,6 +169,8 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
         pytest.param({"deadline_s": "0"}, "deadline_s: .* greater than 0", id="no time"),
         pytest.param({"deadline_s": "nan"}, "deadline_s: ", id="nan"),
         pytest.param({"redis_timeout_s": "-1"}, "redis_timeout_s: .* greater", id="negative"),
+        pytest.param({"workers": "0"}, "workers: .* greater", id="no workers"),
+        pytest.param({"workers": "257"}, "workers: .* less", id="many workers"),
         pytest.param({"max_batch_work": "0"}, "max_batch_work: .* greater", id="no work"),
         pytest.param({"max_body_bytes": "1e3"}, "max_body_bytes: .* integer", id="float"),
         pytest.param({"key_prefix": ""}, "key_prefix: String should have", id="empty prefix"),

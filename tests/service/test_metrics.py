@@ -1,0 +1,92 @@
+"""Metrics of one process, and of several that share a folder."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.metrics import FOLDER_VARIABLE, STAGES, Metrics
+from tests.service.live_service import PATIENCE_S
+
+# A worker that has answered, has requests waiting, and ends without a word.
+WORKER = """
+import os
+from service.metrics import Metrics
+metrics = Metrics()
+metrics.model_info.labels("dummy", "dummy-1").set(1)
+metrics.count_answer("/score", 200)
+metrics.count_answer("/score", 200)
+metrics.observe_stage("total", 0.02)
+metrics.queued_requests.set(5)
+metrics.queued_work.set(500)
+"""
+SAY = "print(metrics.text().decode())"
+DIE = "os._exit(0)"
+
+
+def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Return the value of each sample by its name and its labels' values."""
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_two_applications_of_a_process_count_for_themselves():
+    one, other = Metrics(), Metrics()
+    one.count_answer("/score", 200)
+    assert samples(one.text().decode())["mneme_requests_total", ("/score", "200")] == 1
+    assert ("mneme_requests_total", ("/score", "200")) not in samples(other.text().decode())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_is_there_before_anything_was_scored(stage):
+    metrics = Metrics()
+    assert samples(metrics.text().decode())["mneme_stage_seconds_count", (stage,)] == 0
+    metrics.observe_stage(stage, 0.02)
+    found = samples(metrics.text().decode())
+    assert found["mneme_stage_seconds_sum", (stage,)] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("seconds", "within"), [(0.03, 1), (0.0301, 0)], ids=["within the budget", "beyond"]
+)
+def test_the_budget_of_30_ms_is_an_edge(seconds, within):
+    metrics = Metrics()
+    metrics.observe_stage("total", seconds)
+    found = samples(metrics.text().decode())
+    assert found["mneme_stage_seconds_bucket", ("total", "0.03")] == within
+
+
+def test_gauges_are_brought_up_to_date_when_somebody_looks():
+    metrics = Metrics()
+    waiting = iter([3, 4])
+    metrics.before_scrape(lambda: metrics.queued_requests.set(next(waiting)))
+    assert samples(metrics.text().decode())["mneme_queued_requests", ()] == 3
+    assert samples(metrics.text().decode())["mneme_queued_requests", ()] == 4
+
+
+def test_workers_that_ended_leave_what_they_counted_and_nothing_that_waits(tmp_path):
+    def worker(last_words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", WORKER + last_words],
+            env={**os.environ, FOLDER_VARIABLE: str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=True,
+        )
+        assert done.stderr == ""
+        return done.stdout
+
+    worker(DIE)
+    worker(DIE)
+    found = samples(worker(SAY))
+    assert found["mneme_requests_total", ("/score", "200")] == 3 * 2
+    assert found["mneme_stage_seconds_count", ("total",)] == 3
+    assert found["mneme_queued_requests", ()] == 5
+    assert found["mneme_queued_work", ()] == 500
+    assert found["mneme_model_info", ("dummy", "dummy-1")] == 1
