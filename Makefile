@@ -56,6 +56,7 @@ bench: install
 	$(RUN) -m tests.benchmarks.encoding
 	$(RUN) -m tests.benchmarks.loader
 	$(if $(DATA),$(RUN) -m tests.benchmarks.prepare '$(DATA)')
+	for name in engine length overhead overload soak peers; do $(RUN) -m loadtest $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo runs bundles build *.egg-info

@@ -89,6 +89,15 @@ class TestFit:
         assert cost.fixed_s == pytest.approx(FIXED_S)
         assert cost.per_work_s == pytest.approx(PER_WORK_S)
 
+    @pytest.mark.parametrize("seed", range(5))
+    def test_and_while_they_are_almost_alike(self, seed):
+        """Their noise would tell another cost of work every time."""
+        cost = BatchCost()
+        cost.learn_from_warm_up([(work, true_s(work)) for work in WORKS])
+        learn(cost, true_s, works=(20_000, 21_000), noise=0.2, seed=seed)
+        assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.3)
+        assert cost.per_work_s == pytest.approx(PER_WORK_S, rel=0.1)
+
     def test_what_is_served_outweighs_the_warm_up(self):
         cost = BatchCost()
         cost.learn_from_warm_up([(work, 5 * true_s(work)) for work in WORKS])

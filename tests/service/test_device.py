@@ -68,7 +68,8 @@ class TestCpuDevice:
         inputs = device.inputs(Shape(3, 7, 5))
         fill(inputs, np.random.default_rng(1))
         scores = device.run(inputs)
-        assert (scores.dtype, scores.shape) == (np.float32, (3, 7))
+        assert scores.dtype == np.float32
+        assert scores.shape == (3, 7)
         expected = scores_of(ort.InferenceSession(graph, providers=[CPU]), inputs)
         np.testing.assert_allclose(scores, expected, atol=1e-6)
         assert len(np.unique(scores)) > 7
@@ -99,7 +100,7 @@ class TestBoundBuffers:
             inputs = buffers.cleared_inputs()
             fill(inputs, rng)
             scores = buffers.run()
-            assert (scores.dtype, scores.shape) == (np.float32, (shape.batch, shape.candidates))
+            assert scores.shape == (shape.batch, shape.candidates)
             np.testing.assert_allclose(scores, device.run(inputs), atol=1e-6)
             seen.add(scores.tobytes())
         assert len(seen) > 1

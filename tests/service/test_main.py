@@ -1,16 +1,19 @@
 """`python -m service` as people run it: one clear line for their errors, nothing left behind."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from contract.bundle import GOLDEN
 from contract.golden import GoldenRows
@@ -35,10 +38,13 @@ def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
 
 
 @contextmanager
-def running_service(*arguments: str | Path) -> Iterator["subprocess.Popen[str]"]:
-    """Run the service in a process group of its own; kill it if the test did not end it."""
+def running_service(
+    *arguments: str | Path, **environment: str
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run the service in a process group of its own; kill all of it that the test did not end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "service", *arguments],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -47,8 +53,8 @@ def running_service(*arguments: str | Path) -> Iterator["subprocess.Popen[str]"]
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -58,6 +64,18 @@ def is_ready(url: str, process: "subprocess.Popen[str]") -> bool:
         return httpx.get(f"{url}/readyz", trust_env=False).is_success
     except httpx.TransportError:
         return False
+
+
+def living_of_group(group: int) -> list[str]:
+    """Return the processes of a group; one that has ended and waits for its parent is none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            pid, rest = path.parent.name, path.read_text().rpartition(")")[2].split()
+            state, process_group = rest[0], int(rest[2])
+            if process_group == group and state not in "ZX":
+                found.append(f"{pid} {state}")
+    return found
 
 
 def one_line(text: str) -> str:
@@ -148,6 +166,25 @@ class TestServe:
         assert message in one_line(printed.err)
         assert printed.out == ""
 
+    @pytest.mark.parametrize(
+        ("missing", "message"),
+        [
+            (["uvloop"], "uvloop must be installed"),
+            (["httptools"], "httptools must be installed"),
+            (["uvloop", "httptools"], "uvloop and httptools must be installed"),
+        ],
+        ids=["no uvloop", "no httptools", "neither"],
+    )
+    def test_a_slow_server_is_refused_before_anything_is_loaded(
+        self, capsys, monkeypatch, missing, message
+    ):
+        for name in missing:
+            monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+        assert main(["--bundle", "nowhere"]) == 2
+        printed = capsys.readouterr()
+        assert message in one_line(printed.err)
+        assert printed.out == ""
+
     def test_an_unknown_variable_is_one_line(self, capsys, monkeypatch):
         monkeypatch.setenv("MNEME_BUNDEL", "b")
         assert main([]) == 2
@@ -161,6 +198,164 @@ class TestServe:
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         assert "--max-queue-work VALUE" in capsys.readouterr().out
+
+
+class Workers:
+    """A running service of several processes."""
+
+    def __init__(self, process: "subprocess.Popen[str]", url: str, folder: Path) -> None:
+        self.process = process
+        self.url = url
+        self._folder = folder
+
+    @property
+    def pids(self) -> set[int]:
+        """Children that serve, not the one that minds multiprocessing's resources."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return {int(pid) for pid in children.split() if b"spawn_main" in _command_line(pid)}
+
+    @property
+    def metrics_folders(self) -> list[Path]:
+        return list(self._folder.glob("mneme-metrics-*"))
+
+    def have_answered(self) -> set[int]:
+        """Return the workers that have a count of a scored request."""
+        (folder,) = self.metrics_folders
+        counters = {int(path.stem.split("_")[1]): path for path in folder.glob("counter_*.db")}
+        return {pid for pid, path in counters.items() if b'"/score"' in path.read_bytes()}
+
+    def score(self, _: int = 0) -> None:
+        """Send one request on a connection of its own."""
+        answer = httpx.post(
+            f"{self.url}/score",
+            json={"user_id": "ann", "candidates": [int(ITEM_IDS[0])]},
+            headers={"X-Deadline-Ms": "30000"},
+            trust_env=False,
+            verify=False,
+            timeout=PATIENCE_S,
+        )
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["version"] == "tiny-1"
+
+    def score_until_all_have(self, pids: set[int]) -> int:
+        """Send requests, eight at a time, until all the workers have scored; return how many."""
+        n = 0
+
+        def all_have() -> bool:
+            nonlocal n
+            if pids <= self.have_answered():
+                return True
+            list(pool.map(self.score, range(8)))
+            n += 8
+            return False
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            wait_until(all_have, "each worker has scored")
+        return n
+
+    def samples(self) -> dict[str, float]:
+        """Return those samples of /metrics that this test sums, from whoever answers."""
+        text = httpx.get(f"{self.url}/metrics", trust_env=False).text
+        return {
+            f"{sample.name} {sample.labels.get('route', sample.labels.get('stage', ''))}": (
+                sample.value
+            )
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def assert_sums(self, n_scored: int) -> None:
+        """Expect the same sums, whichever worker is asked."""
+        for _ in range(8):
+            found = self.samples()
+            assert found["mneme_requests_total /score"] == n_scored
+            assert found["mneme_stage_seconds_count total"] == n_scored
+            assert found["mneme_batch_requests_sum "] == n_scored
+            assert found["mneme_history_behaviors_count "] == n_scored
+            assert found["mneme_model_info "] == 1
+
+
+def _command_line(pid: str) -> bytes:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+class TestWorkers:
+    @pytest.fixture
+    def start(self, tmp_path, redis_url):
+        """Start two workers whose temporary files stand in a folder of the test's own."""
+
+        @contextmanager
+        def begin(bundle: Path) -> Iterator[Workers]:
+            port = str(free_port())
+            arguments = ("--bundle", bundle, "--redis-url", redis_url, "--port", port)
+            flags = ("--redis-timeout-s", "5", "--workers", "2", "--threads", "1")
+            with running_service(*arguments, *flags, TMPDIR=str(tmp_path)) as process:
+                yield Workers(process, f"http://127.0.0.1:{port}", tmp_path)
+
+        return begin
+
+    def test_they_serve_and_count_together_and_are_replaced_and_end_together(
+        self, start, good_bundle
+    ):
+        """One is killed in between: what it had counted stays."""
+        with start(good_bundle) as workers:
+            process = workers.process
+            wait_until(lambda: is_ready(workers.url, process), "one worker is ready")
+            wait_until(lambda: len(workers.pids) == 2, "there are two workers")
+            first = workers.pids
+            n_scored = workers.score_until_all_have(first)
+            workers.assert_sums(n_scored)
+
+            killed = min(first)
+            os.kill(killed, signal.SIGKILL)
+            wait_until(lambda: len(workers.pids - {killed}) == 2, "there is a new worker")
+            workers.assert_sums(n_scored)
+            n_scored += workers.score_until_all_have(workers.pids)
+            workers.assert_sums(n_scored)
+            (folder,) = workers.metrics_folders
+            assert list(folder.glob(f"counter_{killed}.db"))
+            assert list(folder.glob(f"gauge_live*_{killed}.db")) == []
+
+            process.send_signal(signal.SIGTERM)
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode in (0, -signal.SIGTERM)
+        assert stdout == f"serving tiny-1 at {workers.url}\n"
+        assert stderr == ""
+        assert workers.metrics_folders == []
+        wait_until(lambda: living_of_group(process.pid) == [], "all processes have ended")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{workers.url}/healthz", trust_env=False)
+
+    def test_a_broken_bundle_is_one_line_and_no_worker_is_tried(self, start, bundle):
+        flip_a_byte(bundle / "model.onnx")
+        with start(bundle) as workers:
+            stdout, stderr = workers.process.communicate(timeout=PATIENCE_S)
+        assert workers.process.returncode == 2
+        assert stdout == ""
+        assert one_line(stderr).startswith(f"error: bundle {bundle}: model.onnx has sha256 ")
+        assert workers.metrics_folders == []
+
+
+class TestProfile:
+    def test_it_prints_one_json_object_for_each_shape(self, capsys, good_bundle, redis_url):
+        flags = ["--bundle", str(good_bundle), "--redis-url", redis_url, "--users", "2"]
+        sizes = ["--batches", "1", "3", "--candidates", "4", "--lengths", "2"]
+        assert main(["profile", *flags, *sizes, "--seconds", "0.05"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(row["batch"], row["candidates"], row["length"]) for row in rows] == [
+            (1, 4, 2),
+            (3, 4, 2),
+        ]
+
+    def test_a_redis_that_is_away_is_one_line(self, capsys, good_bundle, away_url):
+        assert main(["profile", "--bundle", str(good_bundle), "--redis-url", away_url]) == 2
+        assert "Redis did not answer" in one_line(capsys.readouterr().err)
+
+    def test_a_missing_bundle_is_one_line(self, capsys):
+        assert main(["profile", "--bundle", "nowhere"]) == 2
+        assert "nowhere: no such folder" in one_line(capsys.readouterr().err)
 
 
 class TestBackfill:

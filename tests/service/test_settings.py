@@ -155,7 +155,7 @@ def test_written_settings_are_read_as_the_same(environment, settings):
 
 def test_the_settings_above_are_none_of_the_defaults():
     """Or the way there and back would prove nothing of a new setting."""
-    (mark,) = test_written_settings_are_read_as_the_same.pytestmark  # type: ignore[attr-defined]
+    (mark,) = test_written_settings_are_read_as_the_same.pytestmark
     defaults, others = (dict(param.values[0]) for param in mark.args[1])
     assert [name for name in FIELDS if defaults[name] == others[name]] == []
 
