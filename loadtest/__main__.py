@@ -1,4 +1,4 @@
-"""`python -m loadtest world | demo | engine | overhead | peers | overload | length | soak`."""
+"""`python -m loadtest`: a synthetic world, the demo, and measurements of the service."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from contract.errors import ContractError
-from loadtest.benchmarks import overhead, overload, race
+from loadtest.benchmarks import http_rate, overhead, overload, race
 from loadtest.benchmarks.engine import run_engine, run_length, run_soak
 from loadtest.benchmarks.stand import StandError
 from loadtest.bundles import BundleError
@@ -74,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "peers":
             graphs = ("rearranged", "literal")
             one.add_argument("--graphs", nargs="+", choices=graphs, default=graphs)
-        if name in ("engine", "length"):
+        if name == "http":
+            one.add_argument("--workers", type=int, default=1, help="processes that serve")
+            one.add_argument("--rate", type=float, default=1500.0, help="requests/s")
+        if name in ("engine", "length", "http"):
             one.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
         one.set_defaults(run=_benchmark, measure=measure)
     return parser
@@ -86,6 +89,7 @@ _BENCHMARKS: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("peers", "the highest rate within the deadline, beside other servers", race.run),
     ("overload", "goodput up to three times the capacity", overload.run),
     ("length", "latency and memory over the history length", run_length),
+    ("http", "one rate, and the highest within the deadline; for a GPU", http_rate.run),
     ("soak", "memory over 100,000 requests", run_soak),
 )
 

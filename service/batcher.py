@@ -88,7 +88,8 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     `size`, `prepared_size`: candidates and history length, before and after preparation.
     `shapes`: what batches are padded to; their work is that of the padded shape.
     `cost`: learns what batches take, and predicts it.
-    `short_s`: a batch that takes no longer may always grow.
+    `short_s`: a batch that takes no longer may always grow. `margin_s`: the most that is kept free
+    before a deadline because predictions err.
     `max_batch_work`: of a batch, unless one request alone is larger. `max_queue_work`: of all that
     wait.
     """
@@ -103,6 +104,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         shapes: ShapeGrid,
         cost: BatchCost,
         short_s: float,
+        margin_s: float,
         max_batch_work: int,
         max_queue_work: int,
         metrics: Metrics,
@@ -127,8 +129,8 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._busy_until = 0.0
         # By how much answers come later than was predicted when they were admitted, and when
         # their batch began: almost all of them must keep their deadline, not half of them.
-        self._lateness = RunningQuantile(_KEPT_SHARE)
-        self._overrun = RunningQuantile(_KEPT_SHARE)
+        self._lateness = RunningQuantile(_KEPT_SHARE, largest=margin_s)
+        self._overrun = RunningQuantile(_KEPT_SHARE, largest=margin_s)
         self._workers: list[asyncio.Task[None]] = []
         metrics.before_scrape(self._count_waiting)
 

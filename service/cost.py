@@ -21,20 +21,23 @@ _CLIMB = 0.1
 class RunningQuantile:
     """A quantile of a stream, by stochastic approximation (Robbins and Monro, 1951).
 
-    `share`: of the values that shall lie below. It starts at 0 and never falls below.
+    `share`: of the values that shall lie below. It starts at 0 and never falls below. `largest`:
+    what lies above counts as that, so that one stall is not remembered for thousands of values.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, largest: float) -> None:
         self.value = 0.0
         self._share = share
+        self._largest = largest
         self._distance = 0.0
 
     def update(self, value: float) -> None:
         """Take one value."""
+        value = min(value, self._largest)
         self._distance += (abs(value - self.value) - self._distance) / _MEMORY
         step = _CLIMB * self._distance
         self.value += step * (self._share - (value <= self.value))
-        self.value = max(0.0, self.value)
+        self.value = min(max(0.0, self.value), self._largest)
 
 
 class BatchCost:

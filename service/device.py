@@ -162,7 +162,9 @@ class BoundBuffers:
 def refuse_compute_off(session: ort.InferenceSession, provider: str, graph: Path) -> None:
     """Raise BundleError when a node other than arithmetic on sizes is placed elsewhere.
 
-    The session must have been made with `session.record_ep_graph_assignment_info`.
+    The session must have been made with `session.record_ep_graph_assignment_info`. What computes
+    with the operators of sizes (a table's `Gather`, say) must copy its result to the GPU, and a
+    session that captures CUDA graphs refuses copies by itself.
     """
     strays = sorted(
         {

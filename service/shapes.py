@@ -8,8 +8,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-# Between neighbours lies a fifth to a third: so much of a batch is padding at worst. A CPU pays
-# for every padded cell, and has nothing to keep but memory plans.
+# Between neighbours lies a fifth to a third, more where they are small anyway. A CPU pays for every
+# padded cell, and has nothing to keep but memory plans.
 _CPU_BATCHES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 _CPU_CANDIDATES = (
     *(1, 2, 4, 6, 8, 10, 12, 16, 20, 25, 32, 40, 50, 64, 80, 100),

@@ -15,6 +15,8 @@ from service.settings import Settings
 
 # A batch is short when it takes no more of the usual deadline than this.
 _SHORT_SHARE = 0.1
+# So much of it is kept free at most, because predictions err.
+_MARGIN_SHARE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ async def running(
         shapes=model.shapes,
         cost=cost,
         short_s=_SHORT_SHARE * settings.deadline_s,
+        margin_s=_MARGIN_SHARE * settings.deadline_s,
         max_batch_work=settings.max_batch_work,
         max_queue_work=settings.max_queue_work,
         metrics=metrics,

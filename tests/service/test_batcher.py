@@ -117,6 +117,7 @@ class Queue:
         shapes: ShapeGrid = NO_ROUNDING,
         cost: BatchCost | None = None,
         short_s: float = 0.0,
+        margin_s: float = FOREVER_S,
         max_batch_work: int = 1000,
         max_queue_work: int = 1000,
     ) -> None:
@@ -131,6 +132,7 @@ class Queue:
             shapes=shapes,
             cost=self.cost,
             short_s=short_s,
+            margin_s=margin_s,
             max_batch_work=max_batch_work,
             max_queue_work=max_queue_work,
             metrics=self.metrics,

@@ -162,11 +162,11 @@ class TestWorthwhileWork:
 
 class TestRunningQuantile:
     def test_it_begins_at_nothing(self):
-        assert RunningQuantile(0.99).value == 0.0
+        assert RunningQuantile(0.99, largest=1.0).value == 0.0
 
     @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
     def test_so_many_of_the_values_lie_below(self, share):
-        quantile = RunningQuantile(share)
+        quantile = RunningQuantile(share, largest=100.0)
         rng = random.Random(1)
         for _ in range(5000):
             quantile.update(rng.uniform(0, 10))
@@ -178,16 +178,23 @@ class TestRunningQuantile:
         assert below / 20_000 == pytest.approx(share, abs=0.02)
 
     def test_it_is_never_negative(self):
-        quantile = RunningQuantile(0.9)
+        quantile = RunningQuantile(0.9, largest=1.0)
         for _ in range(100):
             quantile.update(-5.0)
         assert quantile.value == 0.0
 
     def test_it_comes_down_after_absurd_values(self):
-        quantile = RunningQuantile(0.99)
+        quantile = RunningQuantile(0.99, largest=1000.0)
         for _ in range(100):
             quantile.update(100.0)
         assert quantile.value >= 50
         for _ in range(20_000):
             quantile.update(0.01)
         assert quantile.value < 0.1
+
+    def test_a_stall_counts_no_more_than_the_largest_value(self):
+        """Ten seconds of a stopped machine must not close the door for all that follow."""
+        quantile = RunningQuantile(0.995, largest=0.009)
+        for _ in range(64):
+            quantile.update(10.0)
+        assert 0.001 < quantile.value <= 0.009
