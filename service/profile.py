@@ -22,13 +22,15 @@ from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
 from service.shapes import Shape
 
 _WARM_BATCHES = 5
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeProfile:
     """Medians over batches of one shape: milliseconds of each stage of a batch, and requests/s with
-    the next batch prepared while one runs. `peak_rss_bytes`: of the process up to now.
+    the next batch prepared while one runs. `added_peak_bytes`: by how much the shape raised the
+    process' resident memory at its peak.
     """
 
     batch: int
@@ -38,7 +40,7 @@ class ShapeProfile:
     encode_ms: float
     infer_ms: float
     requests_per_s: float
-    peak_rss_bytes: int
+    added_peak_bytes: int
 
     def as_dict(self) -> dict[str, float]:
         """Return the fields by name."""
@@ -55,11 +57,9 @@ async def profile(
     """
     scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
     try:
-        found = []
-        for shape in shapes:
-            await _write_histories(store, model, shape.length, users)
-            found.append(await _profile_shape(scorer, shape, users, seconds))
-        return found
+        for length in {shape.length for shape in shapes}:
+            await _write_histories(store, model, length, users)
+        return [await _profile_shape(scorer, shape, users, seconds) for shape in shapes]
     finally:
         scorer.close()
 
@@ -75,6 +75,7 @@ async def _profile_shape(
     scorer: BatchScorer, shape: Shape, users: int, seconds: float
 ) -> ShapeProfile:
     batches = _batches(scorer.model, shape, users)
+    resident_bytes = _resident_bytes_from_here_on()
     for _ in range(_WARM_BATCHES):
         await _scored(scorer, await _prepared(scorer, next(batches)))
     scored: list[Scored] = []
@@ -98,7 +99,7 @@ async def _profile_shape(
         encode_ms=1000 * statistics.median(one.encode_s for one in scored),
         infer_ms=1000 * statistics.median(one.infer_s for one in scored),
         requests_per_s=n_batches * shape.batch / taken_s,
-        peak_rss_bytes=_peak_rss_bytes(),
+        added_peak_bytes=max(0, _memory_bytes("VmHWM") - resident_bytes),
     )
 
 
@@ -144,6 +145,12 @@ def _user(length: int, user: int) -> str:
     return f"profile-{length}-{user}"
 
 
-def _peak_rss_bytes() -> int:
+def _resident_bytes_from_here_on() -> int:
+    """Return the resident memory, and let its peak count anew."""
+    _CLEAR_REFS.write_text("5")
+    return _memory_bytes("VmRSS")
+
+
+def _memory_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

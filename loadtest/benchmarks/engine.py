@@ -69,17 +69,16 @@ def run_length(folder: Path, page: Path, *, provider: str) -> None:
         r2 = linear_r2(_LENGTHS_OF_FIGURES, infer_ms)
         if name == "imn-3p-plus" and provider == "cpu":
             figures["length_linear_r2_imn"] = r2
-        base = measured[0]["peak_rss_bytes"]
         rows += [
             (
                 *(name, row["length"], f"{row['infer_ms']:.3f}"),
                 *(f"{row['fetch_ms'] + row['encode_ms']:.3f}",),
-                f"{(row['peak_rss_bytes'] - base) / _MB:.1f}",
+                f"{row['added_peak_bytes'] / _MB:.1f}",
                 f"{r2:.4f}" if row is measured[-1] else "",
             )
             for row in measured
         ]
-    heads = ("model", "L", "infer ms", "fetch + encode ms", "peak memory above L = 50, MB", "R^2")
+    heads = ("model", "L", "infer ms", "fetch + encode ms", "added memory at peak, MB", "R^2")
     write_section(
         page,
         title=f"Length on {'a GPU' if provider == 'cuda' else 'the CPU'}",

@@ -34,7 +34,7 @@ async def test_the_stages_of_a_batch_add_up_to_what_requests_take(store):
     assert row.fetch_ms > 0
     assert row.encode_ms > 0
     assert 0 < row.requests_per_s <= 3 / 0.01
-    assert row.peak_rss_bytes > 1_000_000
+    assert row.added_peak_bytes >= 0
     assert row.as_dict()["infer_ms"] == row.infer_ms
 
 
