@@ -19,10 +19,10 @@ def time_buckets(elapsed_s: NDArray[np.int64], unit_s: int, n_buckets: int) -> N
     >>> time_buckets(np.array([-5, 0, 1, 2, 3, 4, 1000]), unit_s=1, n_buckets=8).tolist()
     [0, 0, 1, 2, 2, 3, 7]
     """
-    units = np.maximum(elapsed_s, 0) // unit_s
-    # The exponent of a float64 *is* the bit length: exact below 2^53 units, and three cheap
-    # passes where a logarithm would cost ten and round at the powers of two.
-    exponents = units.astype(np.float64).view(np.int64)
+    # The exponent of a float64 *is* the bit length of its whole part, and below 1 or 0 it is no
+    # more than 0: a few cheap passes, where a logarithm would cost ten and round at the powers of
+    # two. A rounded quotient never crosses such a power for elapsed times below 2^52.
+    exponents = np.true_divide(elapsed_s, unit_s).view(np.int64)
     exponents >>= _MANTISSA_BITS
     exponents -= _EXPONENT_OF_ONE
     np.maximum(exponents, 0, out=exponents)
