@@ -86,10 +86,10 @@ class _DirectTable:
 
 
 class _HashTable:
-    """Open addressing with linear probing, at most a quarter full."""
+    """Open addressing with linear probing, at most an eighth full: few ids need a second probe."""
 
     def __init__(self, item_ids: NDArray[np.int64]) -> None:
-        n_bits = max(4, (4 * len(item_ids)).bit_length())
+        n_bits = max(4, (8 * len(item_ids)).bit_length())
         self._shift = np.uint64(64 - n_bits)
         self._mask = (1 << n_bits) - 1
         # Rows only: what is compared is the id of the row, so that a probe touches few bytes.

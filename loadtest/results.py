@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loadtest.machine import describe_machine
+from loadtest.machine import describe_machine, yardstick_s
 
 
 def write_section(
@@ -21,7 +21,7 @@ def write_section(
     `text`: Markdown below the heading; command, machine and date are added. The JSON file of the
     same name gets the figures.
     """
-    machine = describe_machine()
+    machine = f"{describe_machine()}; two million additions in Python: {yardstick_s():.3f} s"
     section = f"## {title}\n\n`{command}`\\\n{machine}\n\n{text.strip()}\n"
     old = page.read_text() if page.exists() else f"# {page.stem.capitalize()}\n"
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", old, flags=re.M | re.S)

@@ -23,7 +23,10 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length")
+        announced = None
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                announced = value
         if announced is not None:  # the server reads no more than it announces
             body_fits = announced.isdigit() and int(announced) <= self._max_bytes
             if body_fits:

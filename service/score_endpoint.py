@@ -6,6 +6,7 @@ request more than everything else that happens to it, but for the model.
 
 import json
 import time
+from array import array
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ from service.wiring import Services
 
 _CLIENT_LEFT = 499  # nginx' number: nobody reads it but the metrics
 _DEADLINE = b"x-deadline-ms"
+# The rest of a deadline goes to sockets, before the request is seen and after it is answered.
+_USABLE_SHARE = 0.95
 _BODY = TypeAdapter(ScoreBody)
 _DEADLINE_MS = TypeAdapter(Annotated[float, Field(gt=0, le=MAX_DEADLINE_MS)])
 
@@ -40,11 +43,12 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         scored, waited_s = await services.batcher.submit(
             ScoreRequest(
                 user_id=body.user_id,
-                candidates=np.array(body.candidates, dtype=np.int64),
+                # Half the time of np.array, which looks at every element for its type.
+                candidates=np.frombuffer(array("q", body.candidates), dtype=np.int64),
                 ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
                 history=None if body.history is None else _records(body.history),
             ),
-            deadline=started + deadline_s,
+            deadline=started + _USABLE_SHARE * deadline_s,
             has_left=_leaving(receive),
         )
     except ClientLeft:

@@ -13,6 +13,7 @@ from service.model import Model
 from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
 from service.settings import Settings
 
+_COLLECTION_THRESHOLDS = (50_000, 20, 50)
 # A batch is short when it takes no more of the usual deadline than this.
 _SHORT_SHARE = 0.1
 # So much of it is kept free at most, because predictions err.
@@ -60,9 +61,11 @@ async def running(
         max_queue_work=settings.max_queue_work,
         metrics=metrics,
     )
-    # What is there by now stays: no collection need look at it again.
+    # What is there by now stays: no collection need look at it again. Requests leave no cycles
+    # behind, so that looking for some can wait.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*_COLLECTION_THRESHOLDS)
     batcher.start()
     try:
         yield Services(

@@ -123,7 +123,7 @@ def _race(
         holds=holds,
         low=_LOWEST.get(graph, _LOWEST["rearranged"]),
         high=_HIGHEST,
-        precision=0.06,
+        precision=0.1,
     )
     half = measure(found.rate / 2) if found.rate else None
     return Race(server=server, graph=graph, rate=found.rate, half=half)
