@@ -140,8 +140,6 @@ def _profile(arguments: list[str]) -> int:
     users, seconds = options.pop("users"), options.pop("seconds")
     settings: Settings = read_settings(options)
     model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
-    if settings.provider == "cuda":
-        model.warm_up(settings.max_batch_work)
 
     async def measure() -> list[ShapeProfile]:
         store = HistoryStore(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Generic, TypeVar
 
-from service.cost import BatchCost, RunningQuantile
+from service.cost import BatchCost, Margin
 from service.errors import (
     ClientLeft,
     DeadlineExceededError,
@@ -38,8 +38,8 @@ Size = tuple[int, int]
 _LATEST_SHARE = 0.05
 # A client that was there so many seconds ago still is.
 _ASKED_EVERY_S = 0.002
-# Of the admitted requests, so many shall be answered within their deadline.
-_KEPT_SHARE = 0.995
+# Of the admitted requests, no more shall be answered after their deadline.
+_LATE_SHARE = 0.005
 
 
 def _stays() -> bool:
@@ -53,7 +53,6 @@ class _Pending(Generic[RequestT, PreparedT, AnswerT]):
     work: int
     deadline: float
     entered: float
-    predicted_end: float
     has_left: Callable[[], bool]
     answer: "asyncio.Future[tuple[AnswerT, float]]"
     asked: float
@@ -127,10 +126,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._n_preparing = 0
         self._preparation_s = 0.0
         self._busy_until = 0.0
-        # By how much answers come later than was predicted when they were admitted, and when
-        # their batch began: almost all of them must keep their deadline, not half of them.
-        self._lateness = RunningQuantile(_KEPT_SHARE, largest=margin_s)
-        self._overrun = RunningQuantile(_KEPT_SHARE, largest=margin_s)
+        self._margin = Margin(late_share=_LATE_SHARE, largest_s=margin_s)
         self._workers: list[asyncio.Task[None]] = []
         metrics.before_scrape(self._count_waiting)
 
@@ -165,9 +161,8 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         now = time.perf_counter()
         size = self._size(request)
         work = self._shapes.round_up(1, *size).work
-        predicted_end = self._predicted_end(work, now)
         if self._n_inside:  # a request that finds nobody before it is taken whatever it takes
-            self._refuse_what_cannot_be_met(work, now, predicted_end, deadline)
+            self._refuse_what_cannot_be_met(work, now, deadline)
         # Not `_Pending[...]`: that would cost more than all of its fields.
         pending: _Pending[RequestT, PreparedT, AnswerT] = _Pending(
             request=request,
@@ -176,7 +171,6 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             deadline=deadline,
             entered=now,
             asked=now,
-            predicted_end=predicted_end,
             has_left=has_left,
             answer=asyncio.get_running_loop().create_future(),
         )
@@ -190,7 +184,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         answer = pending.answer
         if not answer.cancelled() and answer.exception() is None:
             # Called when the one who waits is: what the event loop adds is in it.
-            self._lateness.update(time.perf_counter() - pending.predicted_end)
+            self._margin.update(is_late=time.perf_counter() > pending.deadline)
 
     def _predicted_end(self, work: int, now: float) -> float:
         waiting = self._waiting_work() + work
@@ -198,18 +192,17 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         begins = max(now + self._preparation_s, self._busy_until)
         return begins + self._cost.predict(waiting, batches=n_batches)
 
-    def _refuse_what_cannot_be_met(
-        self, work: int, now: float, predicted_end: float, deadline: float
-    ) -> None:
+    def _refuse_what_cannot_be_met(self, work: int, now: float, deadline: float) -> None:
         waiting = self._waiting_work()
         if waiting and waiting + work > self._max_queue_work:
             self._metrics.dropped.labels("overloaded").inc()
             raise OverloadedError(
                 f"{waiting:,} units of work are waiting, {self._max_queue_work:,} may wait"
             )
-        if predicted_end + self._lateness.value > deadline:
+        predicted_end = self._predicted_end(work, now)
+        if predicted_end + self._margin.value_s > deadline:
             self._metrics.dropped.labels("hopeless").inc()
-            taken_s = predicted_end + self._lateness.value - now
+            taken_s = predicted_end + self._margin.value_s - now
             raise OverloadedError(
                 f"the answer would take up to {1000 * taken_s:.1f} ms, the deadline is in "
                 f"{1000 * (deadline - now):.1f} ms"
@@ -279,7 +272,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             pending = self._ready.pending[0]
             wider = (max(candidates, pending.size[0]), max(length, pending.size[1]))
             larger = self._shapes.round_up(len(batch) + 1, *wider).work
-            ends = now + self._cost.predict(larger) + self._overrun.value
+            ends = now + self._cost.predict(larger)
             if batch and (larger > limit or ends > min(earliest, pending.deadline)):
                 if self._is_wanted(pending, now):
                     break
@@ -349,7 +342,6 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         taken_s = time.perf_counter() - started
         widest = (max(one.size[0] for one in batch), max(one.size[1] for one in batch))
         work = self._shapes.round_up(len(batch), *widest).work
-        self._overrun.update(taken_s - self._cost.predict(work))
         self._cost.update(work, taken_s)
         for pending, answer in zip(batch, answers, strict=True):
             if pending.answer.done():  # the client left while its batch ran

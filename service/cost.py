@@ -14,30 +14,27 @@ _MAX_SURPRISE = 4.0
 _FIXED_SHARE = 0.1
 
 
-# The quantile climbs by this share of the usual distance when it is exceeded.
-_CLIMB = 0.1
+# One late answer widens the margin by this share of the largest.
+_WIDENING = 0.05
 
 
-class RunningQuantile:
-    """A quantile of a stream, by stochastic approximation (Robbins and Monro, 1951).
+class Margin:
+    """Seconds to keep free before deadlines, so that no more than a share of the answers is late.
 
-    `share`: of the values that shall lie below. It starts at 0 and never falls below. `largest`:
-    what lies above counts as that, so that one stall is not remembered for thousands of values.
+    By stochastic approximation (Robbins and Monro, 1951): each late answer widens it, each other
+    one narrows it a little, and it comes to rest where `late_share` of them are late. While nobody
+    is late it narrows to nothing: a request that may come through is not refused for fear.
     """
 
-    def __init__(self, share: float, *, largest: float) -> None:
-        self.value = 0.0
-        self._share = share
-        self._largest = largest
-        self._distance = 0.0
+    def __init__(self, *, late_share: float, largest_s: float) -> None:
+        self.value_s = 0.0
+        self._late_share = late_share
+        self._largest_s = largest_s
 
-    def update(self, value: float) -> None:
-        """Take one value."""
-        value = min(value, self._largest)
-        self._distance += (abs(value - self.value) - self._distance) / _MEMORY
-        step = _CLIMB * self._distance
-        self.value += step * (self._share - (value <= self.value))
-        self.value = min(max(0.0, self.value), self._largest)
+    def update(self, *, is_late: bool) -> None:
+        """Take one answer."""
+        step_s = _WIDENING * self._largest_s * (is_late - self._late_share)
+        self.value_s = min(max(0.0, self.value_s + step_s), self._largest_s)
 
 
 class BatchCost:

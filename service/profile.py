@@ -57,6 +57,7 @@ async def profile(
     """
     scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
     try:
+        await scorer.warm_up(max_work=max(shape.work for shape in shapes))
         for length in {shape.length for shape in shapes}:
             await _write_histories(store, model, length, users)
         return [await _profile_shape(scorer, shape, users, seconds) for shape in shapes]

@@ -95,6 +95,14 @@ class BatchScorer:
         """End the device's thread after the run in flight."""
         self._device.shutdown()
 
+    async def warm_up(self, max_work: int) -> list[tuple[int, float]]:
+        """Run the shapes that will be served; return (work, seconds) of each.
+
+        In the device's own thread: onnxruntime keeps captured CUDA graphs for each thread.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._device, self.model.warm_up, max_work)
+
     def size(self, request: ScoreRequest) -> tuple[int, int]:
         """Return the candidates and the most behaviors that a request can have."""
         length = self._length

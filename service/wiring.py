@@ -47,7 +47,7 @@ async def running(
     )
     scorer = BatchScorer(model, store, metrics, on_redis_failure=settings.on_redis_failure)
     cost = BatchCost()
-    cost.learn_from_warm_up(model.warm_up(settings.max_batch_work))
+    cost.learn_from_warm_up(await scorer.warm_up(settings.max_batch_work))
     batcher = Batcher[ScoreRequest, Prepared, Scored](
         prepare=scorer.prepare,
         run=scorer.run,
