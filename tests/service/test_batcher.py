@@ -458,19 +458,15 @@ class TestHopeless:
                 with pytest.raises(OverloadedError):
                     queue.submit("a", within_s=within_s)
 
-    async def test_what_answers_were_late_by_is_kept_free(self):
-        """Nothing was predicted to take any time, and then fifty answers took 0.2 s."""
-        async with running() as queue:
+    async def test_while_answers_are_late_requests_are_refused_earlier(self):
+        """Nothing was predicted to take any time, and then twenty answers came too late."""
+        async with running(cost=KnownCost(), margin_s=10.0) as queue:
             async with queue.busy():
-                assert await queue.begin("taken", within_s=0.1)
-            for _ in range(2):
-                async with queue.busy():
-                    later = await queue.begin(*["late"] * 50)
-                    await pass_moment(0.2)
-                await answers(*later)
+                assert await queue.begin("taken", within_s=5.0)
+            await _answer_late(queue, 20)
             async with queue.busy():
-                with pytest.raises(OverloadedError, match="the deadline is in 100"):
-                    queue.submit("a", within_s=0.1)
+                with pytest.raises(OverloadedError, match=r"up to 99\d\d\.\d ms, the deadline is in 5000"):
+                    queue.submit("a", within_s=5.0)
 
     async def test_an_idle_service_takes_a_request_whatever_the_prediction(self):
         """Or it would refuse for ever by a prediction that nothing corrects."""
@@ -497,15 +493,22 @@ class TestHopeless:
             assert n_alone > 0
             assert queue.dropped("hopeless") == n_alone
 
-    async def test_it_recovers_from_a_batch_that_was_absurdly_late(self):
-        async with running() as queue:
-            async with queue.busy():
-                late = await queue.begin(*["late"] * 200)
-                await pass_moment(0.2)
-            await answers(*late)
-            n_alone = await _served_alone(queue, within_s=0.1)
+    async def test_it_takes_them_again_once_nobody_is_late(self):
+        async with running(cost=KnownCost(), margin_s=10.0) as queue:
+            await _answer_late(queue, 5)
+            n_alone = await _served_alone(queue, within_s=1.0)
             assert n_alone > 0
             assert queue.dropped("hopeless") == n_alone
+
+
+async def _answer_late(queue: Queue, n: int) -> None:
+    """Let so many requests find nobody before them, and be answered after their deadline."""
+    for _ in range(n):
+        queue.stages.may_run.clear()
+        (late,) = await queue.begin("late", within_s=0.01)
+        await pass_moment(0.01)
+        queue.stages.may_run.set()
+        assert await answers(late) == ["LATE"]
 
 
 async def _served_alone(queue: Queue, *, within_s: float) -> int:
