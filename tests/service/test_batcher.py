@@ -465,7 +465,7 @@ class TestHopeless:
                 assert await queue.begin("taken", within_s=5.0)
             await _answer_late(queue, 20)
             async with queue.busy():
-                with pytest.raises(OverloadedError, match=r"up to 99\d\d\.\d ms, the deadline is in 5000"):
+                with pytest.raises(OverloadedError, match=r"up to 99\d\d\.\d ms, .* 5000"):
                     queue.submit("a", within_s=5.0)
 
     async def test_an_idle_service_takes_a_request_whatever_the_prediction(self):
