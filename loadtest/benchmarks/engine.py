@@ -22,6 +22,7 @@ from loadtest.results import table, write_section
 _BATCHES, _CANDIDATES, _LENGTHS = (1, 8, 32), (1, 100, 500), (100, 1000)
 _LONG = 4000
 _LENGTHS_OF_FIGURES = (50, 100, 200, 500, 1000, 2000, 4000)
+_SECONDS = 1.5  # for each shape
 _MB = 1e6
 _SOAKED_REQUESTS = 100_000
 _SOAK_RATE = 1500.0
@@ -126,7 +127,7 @@ def linear_r2(x: Sequence[float], y: Sequence[float]) -> float:
 def _profile(bundle: Path, redis_url: str, flags: Sequence[object]) -> list[Row]:
     command = [
         *(sys.executable, "-m", "service", "profile", "--bundle", str(bundle)),
-        *("--redis-url", redis_url, *map(str, flags)),
+        *("--redis-url", redis_url, "--seconds", str(_SECONDS), *map(str, flags)),
     ]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [json.loads(line) for line in output.splitlines()]

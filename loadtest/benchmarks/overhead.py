@@ -141,7 +141,15 @@ def wrk(target: Target, bodies: Sequence[bytes], connections: int, seconds: int)
         lines.write_bytes(b"\n".join(bodies) + b"\n")
         script.write_text(_SCRIPT % (lines, target.path))
         url = f"http://{target.host}:{target.port}"
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+        command = [
+            "wrk",
+            "-t1",
+            f"-c{connections}",
+            f"-d{seconds}s",
+            "--latency",
+            "--timeout",
+            "10s",
+        ]
         done = subprocess.run(
             [*command, "-s", script, url], capture_output=True, text=True, check=True
         )
