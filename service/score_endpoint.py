@@ -27,7 +27,7 @@ from service.wiring import Services
 _CLIENT_LEFT = 499  # nginx' number: nobody reads it but the metrics
 _DEADLINE = b"x-deadline-ms"
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
-_USABLE_SHARE = 0.95
+_USABLE_SHARE = 0.92
 _BODY = TypeAdapter(ScoreBody)
 _DEADLINE_MS = TypeAdapter(Annotated[float, Field(gt=0, le=MAX_DEADLINE_MS)])
 
