@@ -148,7 +148,14 @@ def _profile(arguments: list[str]) -> int:
             keep=model.manifest.features.history_length,
         )
         try:
-            return await profile(model, store, shapes, users=users, seconds=seconds)
+            return await profile(
+                model,
+                store,
+                shapes,
+                users=users,
+                seconds=seconds,
+                warm_up=settings.provider == "cuda",
+            )
         finally:
             await store.close()
 

@@ -48,16 +48,23 @@ class ShapeProfile:
 
 
 async def profile(
-    model: Model, store: HistoryStore, shapes: Sequence[Shape], *, users: int, seconds: float
+    model: Model,
+    store: HistoryStore,
+    shapes: Sequence[Shape],
+    *,
+    users: int,
+    seconds: float,
+    warm_up: bool = False,
 ) -> list[ShapeProfile]:
     """Measure each shape for so many seconds.
 
     Histories are appended to `store` for `users` users of each length, under names of their own,
-    and read from there for every batch.
+    and read from there for every batch. `warm_up`: all shapes of the grid first, as a GPU needs it.
     """
     scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
     try:
-        await scorer.warm_up(max_work=max(shape.work for shape in shapes))
+        if warm_up:
+            await scorer.warm_up(max_work=max(shape.work for shape in shapes))
         for length in {shape.length for shape in shapes}:
             await _write_histories(store, model, length, users)
         return [await _profile_shape(scorer, shape, users, seconds) for shape in shapes]
