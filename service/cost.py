@@ -12,8 +12,6 @@ _PRIOR_WEIGHT = 5.0
 _MAX_SURPRISE = 4.0
 # A fixed cost of at most this share of a batch is worth no larger batch.
 _FIXED_SHARE = 0.1
-
-
 # One late answer widens the margin by this share of the largest.
 _WIDENING = 0.05
 

@@ -24,8 +24,8 @@ from contract.encoding import ModelInputs, encode, stack_candidates
 from contract.features import FeatureSpec
 from contract.records import RECORD_BYTES, check_length
 
-# The service bounds a batch at 3,200,000 (candidates x behaviors): 32 requests of 100 candidates
-# and 1,000 behaviors. Peers can only count requests.
+# Peers can only count requests. The service measures work, and on a CPU, where a larger batch of
+# IMN saves nothing, makes far smaller ones.
 MAX_BATCH_SIZE = 32
 
 KEY_PREFIX = "history"
