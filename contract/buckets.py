@@ -27,3 +27,12 @@ def time_buckets(elapsed_s: NDArray[np.int64], unit_s: int, n_buckets: int) -> N
     exponents -= _EXPONENT_OF_ONE
     np.maximum(exponents, 0, out=exponents)
     return np.minimum(exponents, n_buckets - 1, out=exponents)
+
+
+def elapsed_units(elapsed_s: NDArray[np.int64], unit_s: int, n_units: int) -> NDArray[np.int64]:
+    """Return the whole number of elapsed units, any shape, in 0 .. n_units-1.
+
+    >>> elapsed_units(np.array([-5, 0, 59, 60, 1000]), unit_s=60, n_units=10).tolist()
+    [0, 0, 0, 1, 9]
+    """
+    return np.clip(elapsed_s // unit_s, 0, n_units - 1)

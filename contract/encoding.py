@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from contract.buckets import time_buckets
+from contract.buckets import elapsed_units, time_buckets
 from contract.catalogue import Catalogue
 from contract.features import FeatureSpec
 from contract.records import MIN_ITEM, PADDING_ITEM, RECORD_BYTES, stack_records
@@ -52,7 +52,8 @@ def history_buckets(
     elapsed_BL *= valid_BL
     buckets_BLG = np.empty((*times_BL.shape, len(spec.granularities)), dtype=np.int64)
     for g, granularity in enumerate(spec.granularities):
-        buckets_BLG[:, :, g] = time_buckets(elapsed_BL, granularity.unit_s, granularity.n_buckets)
+        on_scale = time_buckets if granularity.scale == "doubling" else elapsed_units
+        buckets_BLG[:, :, g] = on_scale(elapsed_BL, granularity.unit_s, granularity.n_buckets)
     return buckets_BLG
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from contract.bundle import INPUT_NAMES, OUTPUT_NAME
 from contract.features import FeatureSpec
 from exporter.errors import ExportError
+from exporter.recurrence import recurrences_as_operators
 
 OPSET = 20
 # One protobuf message may have 2 GiB; larger tables go into a file beside the graph.
@@ -29,7 +30,12 @@ def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
         history[1] = torch.export.Dim("L", min=1, max=spec.history_length)
     n_bytes = sum(t.nbytes for t in scorer.state_dict().values())
     try:
-        with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"):
+        with (
+            warnings.catch_warnings(),
+            _quiet("torch.onnx"),
+            _quiet("onnxscript"),
+            recurrences_as_operators(),
+        ):
             # torch warns of its own deprecations while it exports
             warnings.simplefilter("ignore")
             program = torch.onnx.export(

@@ -3,7 +3,9 @@
 import time
 from typing import Annotated
 
+import orjson
 from fastapi import APIRouter, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -15,9 +17,11 @@ from service.errors import (
     HistoryUnavailableError,
     InvalidRequestError,
     ModelFailedError,
+    NotRecommendableError,
     OverloadedError,
 )
 from service.problems import responses
+from service.recommender import RecommendRequest
 from service.schemas import (
     MAX_DEADLINE_MS,
     EventBatch,
@@ -25,12 +29,24 @@ from service.schemas import (
     EventsBody,
     ModelInfo,
     Models,
+    RecommendAnswer,
+    RecommendBody,
     ScoreAnswer,
     ScoreBody,
 )
-from service.wiring import Services
+from service.wiring import USABLE_SHARE, Services
 
 router = APIRouter()
+
+DeadlineMs = Annotated[
+    float | None,
+    Header(
+        gt=0,
+        le=MAX_DEADLINE_MS,
+        description="Milliseconds within which the answer is of use; what cannot be answered "
+        "by then is refused.",
+    ),
+]
 
 
 def _services(request: Request) -> Services:
@@ -52,18 +68,7 @@ def _services(request: Request) -> Services:
         ModelFailedError,
     ),
 )
-async def score(
-    body: ScoreBody,
-    x_deadline_ms: Annotated[
-        float | None,
-        Header(
-            gt=0,
-            le=MAX_DEADLINE_MS,
-            description="Milliseconds within which the answer is of use; what cannot be answered "
-            "by then is refused.",
-        ),
-    ] = None,
-) -> Response:
+async def score(body: ScoreBody, x_deadline_ms: DeadlineMs = None) -> Response:
     """Score up to 1,000 candidates by the user's behaviors, in the order asked.
 
     An unknown user is scored with an empty history (`history_length` 0), unknown candidates as
@@ -71,6 +76,68 @@ async def score(
     """
     # This is the documentation of the route; the application hands it to `score_endpoint`.
     raise NotImplementedError
+
+
+@router.post(
+    "/recommend",
+    summary="Rank the whole catalogue for a user",
+    response_model=RecommendAnswer,
+    responses=responses(
+        InvalidRequestError,
+        BodyTooLargeError,
+        NotRecommendableError,
+        OverloadedError,
+        HistoryUnavailableError,
+        DeadlineExceededError,
+        CorruptHistoryError,
+        ModelFailedError,
+    ),
+)
+async def recommend(
+    body: RecommendBody, request: Request, x_deadline_ms: DeadlineMs = None
+) -> Response:
+    """Return the `k` items of the catalogue with the highest scores, best first.
+
+    For models whose scores are affinities only: `GET /models` says whether they are. An unknown
+    user is recommended to by an empty history (`history_length` 0). The deadline is 200 ms unless
+    the header or the operator says otherwise. The `Server-Timing` header says where the time went,
+    in milliseconds; `queue` and `infer` are sums over the blocks in which the catalogue is scored.
+    """
+    services = _services(request)
+    started = time.perf_counter()
+    settings, manifest = services.settings, services.model.manifest
+    if manifest.score_kind == "affinity" and body.k > manifest.n_items:
+        message = f"Input should be at most {manifest.n_items}, the items of the catalogue"
+        raise RequestValidationError([{"type": "less_than_equal", "loc": ("k",), "msg": message}])
+    deadline_s = settings.recommend_deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
+    found = await services.recommender.recommend(
+        RecommendRequest(
+            user_id=body.user_id,
+            k=body.k,
+            exclude_seen=body.exclude_seen,
+            ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
+        ),
+        deadline=started + USABLE_SHARE * deadline_s,
+        has_left=request.is_disconnected,
+    )
+    content = orjson.dumps(
+        {
+            "item_ids": found.item_ids,
+            "scores": found.scores,
+            "model": manifest.model_name,
+            "version": manifest.model_version,
+            "history_length": found.history_length,
+            "degraded": found.degraded,
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+    seconds = {**found.seconds, "total": time.perf_counter() - started}
+    for stage, taken_s in seconds.items():
+        services.metrics.recommend_seconds.labels(stage).observe(taken_s)
+    services.metrics.history_behaviors.observe(found.history_length)
+    services.metrics.degraded.inc(found.degraded)
+    timing = ", ".join(f"{stage};dur={1000 * s:.3f}" for stage, s in seconds.items())
+    return Response(content, media_type="application/json", headers={"Server-Timing": timing})
 
 
 @router.post(

@@ -18,7 +18,9 @@ from service.settings import Settings
 from service.wiring import running
 
 _log = logging.getLogger(__name__)
-_ROUTES = frozenset({"/score", "/events", "/models", "/healthz", "/readyz", "/metrics"})
+_ROUTES = frozenset(
+    {"/score", "/recommend", "/events", "/models", "/healthz", "/readyz", "/metrics"}
+)
 
 
 def create_app(settings: Settings, model: Model, *, history: HistoryStore | None = None) -> FastAPI:

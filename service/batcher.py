@@ -5,13 +5,15 @@ Two stages, each of which takes what is there as soon as it is free, without a t
     submit -> [queue] -> prepare (reads histories) -> [ready] -> run (the device) -> answer
 
 While the device runs one batch, the next one is being prepared; what is ready waits for the device
-and grows into a larger batch. Batches are measured in work, and so is the queue.
+and grows into a larger batch. Batches are measured in work, and so is the queue. Between two
+batches the device may be lent to something else.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Generic, TypeVar
@@ -121,6 +123,9 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._queue: _Line[RequestT, PreparedT, AnswerT] = _Line()
         self._ready: _Line[RequestT, PreparedT, AnswerT] = _Line()
         self._device_took = asyncio.Event()
+        # First come, first served: turns of a batch and of a borrower alternate.
+        self._device = asyncio.Lock()
+        self._awaited_turns_s = 0.0
         self._n_inside = 0
         self._preparing_work = 0
         self._n_preparing = 0
@@ -179,6 +184,24 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._queue.put(pending)
         return pending.answer
 
+    @asynccontextmanager
+    async def lend(self, expected_s: float) -> AsyncIterator[None]:
+        """Wait until the device is free, and keep batches from it while the block runs.
+
+        `expected_s`: seconds of the turn; requests that arrive meanwhile are admitted by it.
+        """
+        self._awaited_turns_s += expected_s
+        try:
+            await self._device.acquire()
+        finally:
+            self._awaited_turns_s -= expected_s
+        self._busy_until = time.perf_counter() + expected_s
+        try:
+            yield
+        finally:
+            self._busy_until = 0.0
+            self._device.release()
+
     def _left(self, pending: _Pending[RequestT, PreparedT, AnswerT]) -> None:
         self._n_inside -= 1
         answer = pending.answer
@@ -189,7 +212,8 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     def _predicted_end(self, work: int, now: float) -> float:
         waiting = self._waiting_work() + work
         n_batches = min(self._n_inside + 1, ceil(waiting / max(1.0, self._batch_limit())))
-        begins = max(now + self._preparation_s, self._busy_until)
+        free = max(now, self._busy_until) + self._awaited_turns_s
+        begins = max(now + self._preparation_s, free)
         return begins + self._cost.predict(waiting, batches=n_batches)
 
     def _refuse_what_cannot_be_met(self, work: int, now: float, deadline: float) -> None:
@@ -241,12 +265,15 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             await self._ready.grew.wait()
             self._ready.grew.clear()
             while self._ready.pending:
-                batch = self._take_from_ready()
-                self._device_took.set()
-                self._count_waiting()
-                if batch:
-                    await self._run_batch(batch)
-                self._busy_until = 0.0
+                # Before the batch is taken: it grows while the device is lent, and what has
+                # become hopeless by then is dropped.
+                async with self._device:
+                    batch = self._take_from_ready()
+                    self._device_took.set()
+                    self._count_waiting()
+                    if batch:
+                        await self._run_batch(batch)
+                    self._busy_until = 0.0
 
     def _take_from_queue(self) -> list[_Pending[RequestT, PreparedT, AnswerT]]:
         batch: list[_Pending[RequestT, PreparedT, AnswerT]] = []

@@ -80,6 +80,7 @@ class CudaDevice:
         refuse_compute_off(self.session, _CUDA, graph)
         self._granularities = granularities
         self._buffers: dict[Shape, BoundBuffers] = {}
+        self._uncaptured: tuple[Shape, BoundBuffers] | None = None
 
     def capture(self, shape: Shape) -> None:
         """Keep buffers for the shape; its first run captures a CUDA graph, later ones replay it."""
@@ -91,12 +92,19 @@ class CudaDevice:
     def inputs(self, shape: Shape) -> ModelInputs:
         """Return the shape's own arrays, in pinned memory where onnxruntime offers it."""
         buffers = self._buffers.get(shape)
-        if buffers is None:  # larger than the grid: run as it is, and forgotten
+        if buffers is None:  # larger than the grid: run as it is
+            buffers = self._uncaptured_buffers(shape)
+        self._next = buffers
+        return buffers.cleared_inputs()
+
+    def _uncaptured_buffers(self, shape: Shape) -> "BoundBuffers":
+        # The latest are kept: the blocks of a catalogue come one after the other.
+        if self._uncaptured is None or self._uncaptured[0] != shape:
             buffers = BoundBuffers(
                 self.session, shape, self._granularities, device="cuda", graph_id=_NOT_CAPTURED
             )
-        self._next = buffers
-        return buffers.cleared_inputs()
+            self._uncaptured = (shape, buffers)
+        return self._uncaptured[1]
 
     def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
         """Return scores float32 [B, C] of the arrays that `inputs` gave last."""

@@ -63,7 +63,7 @@ class OverloadedError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    """The deadline has passed, or cannot be met any more, and scoring has not begun."""
+    """The deadline has passed, or cannot be met any more, and not everything is scored."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     problem = "deadline-exceeded"
@@ -76,6 +76,14 @@ class ModelFailedError(ServiceError):
 
     problem = "model-failed"
     title = "The model could not score the request"
+
+
+class NotRecommendableError(ServiceError):
+    """The bundle's scores are no affinities, by which a whole catalogue could be ranked."""
+
+    status = HTTPStatus.CONFLICT
+    problem = "not-recommendable"
+    title = "The served model gives no recommendations"
 
 
 class ClientLeft(Exception):  # noqa: N818  # no error: nobody is there to be told

@@ -65,6 +65,11 @@ class HistoryStore:
         self._keep = keep
         self._append = redis.register_script(_APPEND)
 
+    @property
+    def longest(self) -> int:
+        """Behaviors of the longest value that `append` leaves behind."""
+        return 2 * self._keep
+
     async def fetch(
         self, user_ids: Sequence[str], length: int
     ) -> list[bytes | CorruptHistoryError]:

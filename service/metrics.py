@@ -34,6 +34,11 @@ _LATENCY_EDGES_S = (
     0.5,
     1.0,
 )
+# 1 ms .. 10 s, with an edge at 200 ms: the share within the usual deadline is exact.
+_RECOMMEND_EDGES_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
+    *(1.0, 2.0, 5.0, 10.0),
+)
 # 1 .. 1,024 requests.
 _BATCH_EDGES = tuple(2**k for k in range(11))
 # 0 .. 1,000 behaviors.
@@ -56,6 +61,13 @@ class Metrics:
             "Time of a batch (fetch, encode, infer) or of a request (queue, total).",
             ("stage",),
             buckets=_LATENCY_EDGES_S,
+            registry=self.registry,
+        )
+        self.recommend_seconds = Histogram(
+            "mneme_recommend_seconds",
+            "Time of a recommendation, by stage; queue and infer are sums over all its blocks.",
+            ("stage",),
+            buckets=_RECOMMEND_EDGES_S,
             registry=self.registry,
         )
         self.batch_requests = Histogram(
@@ -120,6 +132,8 @@ class Metrics:
         self._refresh: list[Callable[[], None]] = []
         self._answers: dict[tuple[str, int], Counter] = {}
         self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+        for stage in STAGES:  # there before the first recommendation
+            self.recommend_seconds.labels(stage)
 
     def count_answer(self, route: str, status: int) -> None:
         """Count an answer."""

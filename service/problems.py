@@ -8,18 +8,21 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
-from service.errors import InvalidRequestError, ServiceError
+from service.errors import ClientLeft, InvalidRequestError, ServiceError
 from service.schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
 _TYPE_PREFIX = "urn:mneme:problem:"
 _MAX_ERRORS = 10
+_CLIENT_LEFT = 499  # nginx' number: nobody reads it but the metrics
 
 
 def install(app: FastAPI) -> None:
     """Let `app` answer all errors as problems."""
     app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(ClientLeft, _client_left)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
@@ -30,6 +33,11 @@ def problem_response(
     """Return the answer for an error of the service."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return _response(error.status, error.problem, error.title, error.detail, headers, errors)
+
+
+def client_left_response() -> Response:
+    """Return the answer for a client that is not there any more."""
+    return Response(status_code=_CLIENT_LEFT)
 
 
 def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
@@ -75,6 +83,11 @@ async def _service_error(_: Request, error: Exception) -> JSONResponse:
     return problem_response(error)
 
 
+async def _client_left(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ClientLeft)
+    return client_left_response()
+
+
 def validation_response(error: RequestValidationError) -> JSONResponse:
     """Return the answer that names the first fields that are wrong."""
     found = error.errors()
@@ -99,6 +112,8 @@ def _described(error: Mapping[str, Any]) -> dict[str, str]:
 
 def _field(location: Sequence[int | str]) -> str:
     """Return the path of a field: `candidates.3`, or `body` for the whole."""
+    if len(location) > 1 and location[0] == "header":
+        location = location[1:]
     named = [str(part) for part in location if part not in ("body", "one", "many")]
     return ".".join(named) or "body"
 

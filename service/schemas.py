@@ -17,6 +17,7 @@ from contract.records import (
 MAX_CANDIDATES = 1000
 MAX_INLINE_BEHAVIORS = 10_000
 MAX_EVENTS = 1000
+MAX_RECOMMENDATIONS = 1000
 MAX_DEADLINE_MS = 60_000
 
 
@@ -46,6 +47,10 @@ ItemId = Annotated[
     Field(strict=True, ge=MIN_ITEM, le=MAX_ITEM, description="The shop's own id of an item."),
 ]
 UnixTime = Annotated[int, Field(strict=True, ge=MIN_TIME, le=MAX_TIME, description="Unix seconds.")]
+RankingTime = Annotated[
+    UnixTime | None,
+    Field(description="Moment from which elapsed time is measured back; now unless said."),
+]
 
 
 class _Body(BaseModel):
@@ -87,10 +92,7 @@ class ScoreBody(_Body):
             description="Scored in this order; an item that stands twice is scored twice.",
         ),
     ]
-    ranking_time: Annotated[
-        UnixTime | None,
-        Field(description="Moment from which elapsed time is measured back; now unless said."),
-    ] = None
+    ranking_time: RankingTime = None
     history: Annotated[
         list[Behavior] | None,
         Field(
@@ -125,6 +127,79 @@ class ScoreAnswer(BaseModel):
                     "version": "imn-3p-plus-0f3a9c1d2e4b",
                     "history_length": 52,
                     "unknown_candidates": 0,
+                    "degraded": False,
+                }
+            ]
+        }
+    )
+
+
+class RecommendBody(_Body):
+    """A user for whom the whole catalogue is to be ranked."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"user_id": "4711", "k": 10},
+                {"user_id": "4711", "k": 3, "exclude_seen": True, "ranking_time": 978300760},
+            ]
+        },
+    )
+
+    user_id: UserId
+    k: Annotated[
+        int,
+        Field(
+            strict=True,
+            ge=1,
+            le=MAX_RECOMMENDATIONS,
+            description="Items to recommend; at most as many as the catalogue holds.",
+        ),
+    ]
+    exclude_seen: Annotated[
+        bool,
+        Field(
+            strict=True,
+            description="Leave out every item that stands in the user's stored history, also those "
+            "that are older than what the model reads.",
+        ),
+    ] = False
+    ranking_time: RankingTime = None
+
+
+class RecommendAnswer(BaseModel):
+    """The items of the highest scores, best first; of equal ones the smaller item id."""
+
+    item_ids: Annotated[
+        list[int],
+        Field(description="`k` items, or fewer where the user has seen almost all others."),
+    ]
+    scores: Annotated[
+        list[float],
+        Field(description="Their affinities, of which only the order means something."),
+    ]
+    model: str
+    version: str
+    history_length: Annotated[int, Field(description="Behaviors that the model has read.")]
+    degraded: Annotated[
+        bool,
+        Field(
+            description="Ranked without the stored history: the store was away. Seen items are not "
+            "left out then."
+        ),
+    ]
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "item_ids": [1193, 914, 661],
+                    "scores": [7.25, 6.5, 6.125],
+                    "model": "sasrec",
+                    "version": "sasrec-0f3a9c1d2e4b",
+                    "history_length": 52,
                     "degraded": False,
                 }
             ]

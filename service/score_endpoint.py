@@ -14,7 +14,6 @@ import numpy as np
 import orjson
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from contract.records import encode_records
@@ -22,12 +21,9 @@ from service import problems
 from service.errors import ClientLeft, ServiceError
 from service.schemas import MAX_DEADLINE_MS, Behavior, ScoreBody
 from service.scorer import Scored, ScoreRequest
-from service.wiring import Services
+from service.wiring import USABLE_SHARE, Services
 
-_CLIENT_LEFT = 499  # nginx' number: nobody reads it but the metrics
 _DEADLINE = b"x-deadline-ms"
-# The rest of a deadline goes to sockets, before the request is seen and after it is answered.
-_USABLE_SHARE = 0.92
 _BODY = TypeAdapter(ScoreBody)
 _DEADLINE_MS = TypeAdapter(Annotated[float, Field(gt=0, le=MAX_DEADLINE_MS)])
 
@@ -48,11 +44,11 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
                 ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
                 history=None if body.history is None else _records(body.history),
             ),
-            deadline=started + _USABLE_SHARE * deadline_s,
+            deadline=started + USABLE_SHARE * deadline_s,
             has_left=_leaving(receive),
         )
     except ClientLeft:
-        await Response(status_code=_CLIENT_LEFT)(scope, receive, send)
+        await problems.client_left_response()(scope, receive, send)
     except ServiceError as error:
         await problems.problem_response(error)(scope, receive, send)
     except RequestValidationError as error:

@@ -29,6 +29,7 @@ from service.metrics import Metrics
 from service.model import Model
 
 _DEVICE_NICE = 5
+_NOT_FINITE = "the model gave a score that is not a finite number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ class BatchScorer:
     async def prepare(self, requests: Sequence[ScoreRequest]) -> list[Prepared | ServiceError]:
         """Read and encode the histories; one that fails does not fail the others."""
         started = time.perf_counter()
-        histories, degraded = await self._histories(requests)
+        histories, degraded = await self._histories(requests, self._length)
         fetch_s = time.perf_counter() - started
         self._metrics.observe_stage("fetch", fetch_s)
         outcome: list[Prepared | ServiceError] = [
@@ -134,14 +135,48 @@ class BatchScorer:
         if readable:
             raw = [history for history in histories if isinstance(history, bytes)]
             asked = [requests[b] for b in readable]
-            for b, one in zip(
-                readable, self._encode(asked, raw, fetch_s, degraded=degraded), strict=True
-            ):
+            encoded, encode_s = self._encode(asked, raw, fetch_s, degraded=degraded)
+            self._metrics.observe_stage("encode", encode_s)
+            for b, one in zip(readable, encoded, strict=True):
                 outcome[b] = one
         n_corrupt = sum(isinstance(one, CorruptHistoryError) for one in outcome)
         if n_corrupt:
             self._metrics.corrupt_histories.inc(n_corrupt)
         return outcome
+
+    async def prepare_alone(self, request: ScoreRequest, *, whole: bool) -> tuple[Prepared, bytes]:
+        """Read and encode the history of a request that joins no batch.
+
+        Returns it with the records that were read: all that is stored where `whole`, otherwise
+        what the model reads of them. Raises CorruptHistoryError or HistoryUnavailableError.
+        """
+        started = time.perf_counter()
+        length = self._history.longest if whole else self._length
+        (history,), degraded = await self._histories([request], length)
+        fetch_s = time.perf_counter() - started
+        try:
+            if isinstance(history, ServiceError):
+                raise history
+            newest = history[-RECORD_BYTES * self._length :]
+            (one,), _ = self._encode([request], [newest], fetch_s, degraded=degraded)
+            if isinstance(one, ServiceError):
+                raise one
+        except CorruptHistoryError:
+            self._metrics.corrupt_histories.inc()
+            raise
+        return one, history
+
+    async def run_alone(self, one: Prepared) -> tuple[NDArray[np.float32], float]:
+        """Score an encoded request in a run of its own; return scores [C] and its seconds.
+
+        Raises ModelFailedError unless all scores are finite.
+        """
+        loop = asyncio.get_running_loop()
+        scores_BC, infer_s = await loop.run_in_executor(self._device, self._infer, [one])
+        scores_C = scores_BC[0, : len(one.candidate_items)]
+        if not np.isfinite(scores_C).all():
+            raise ModelFailedError(_NOT_FINITE)
+        return scores_C, infer_s
 
     async def run(self, batch: Sequence[Prepared]) -> list[Scored | ServiceError]:
         """Score encoded requests in one run of the model."""
@@ -161,16 +196,15 @@ class BatchScorer:
                 infer_s=infer_s,
             )
             if all_finite or bool(np.isfinite(scores_C).all())
-            else ModelFailedError("the model gave a score that is not a finite number")
+            else ModelFailedError(_NOT_FINITE)
             for one, scores_C in (
                 (one, scores_BC[b, : len(one.candidate_items)]) for b, one in enumerate(batch)
             )
         ]
 
     async def _histories(
-        self, requests: Sequence[ScoreRequest]
+        self, requests: Sequence[ScoreRequest], length: int
     ) -> tuple[list[bytes | ServiceError], bool]:
-        length = self._length
         asked = [request.user_id for request in requests if request.history is None]
         users = list(dict.fromkeys(asked))
         degraded = False
@@ -194,7 +228,7 @@ class BatchScorer:
         fetch_s: float,
         *,
         degraded: bool,
-    ) -> list[Prepared | ServiceError]:
+    ) -> tuple[list[Prepared | ServiceError], float]:
         started = time.perf_counter()
         lengths = [len(raw) // RECORD_BYTES for raw in histories]
         # Padding contributes nothing to a score, so a batch is as wide as its longest history.
@@ -210,8 +244,7 @@ class BatchScorer:
         is_corrupt_B = corrupt_B.tolist()
         width = inputs.history_items.shape[1]
         encode_s = time.perf_counter() - started
-        self._metrics.observe_stage("encode", encode_s)
-        return [
+        encoded: list[Prepared | ServiceError] = [
             CorruptHistoryError(
                 f"the history of user {request.user_id!r} cannot be read: it holds an item id "
                 "below 1"
@@ -228,6 +261,7 @@ class BatchScorer:
             )
             for b, request in enumerate(requests)
         ]
+        return encoded, encode_s
 
     def _infer(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.float32], float]:
         """Pad the batch to a shape of the model's and run it, in the device's thread."""

@@ -63,6 +63,16 @@ class Settings(BaseSettings):
         description="Seconds within which an answer is of use, unless X-Deadline-Ms says else; "
         "what cannot be answered by then is refused.",
     )
+    recommend_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        default=0.2,
+        description="Seconds within which a recommendation is of use, unless X-Deadline-Ms says "
+        "else.",
+    )
+    recommend_block_items: Annotated[int, Field(ge=1)] = Field(
+        default=65_536,
+        description="Items of the catalogue that a recommendation scores in one run; a batch of "
+        "requests for scores waits for one such run at most.",
+    )
     max_batch_work: Annotated[int, Field(ge=1)] = Field(
         default=6_400_000, description="Largest batch: requests x candidates x history length."
     )

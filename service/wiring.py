@@ -10,8 +10,12 @@ from service.cost import BatchCost
 from service.history import HistoryStore, connect
 from service.metrics import Metrics
 from service.model import Model
+from service.recommender import Recommender
 from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
 from service.settings import Settings
+
+# The rest of a deadline goes to sockets, before the request is seen and after it is answered.
+USABLE_SHARE = 0.92
 
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 # A batch is short when it takes no more of the usual deadline than this.
@@ -28,6 +32,7 @@ class Services:
     model: Model
     history: HistoryStore
     batcher: Batcher[ScoreRequest, Prepared, Scored]
+    recommender: Recommender
     metrics: Metrics
 
 
@@ -61,6 +66,10 @@ async def running(
         max_queue_work=settings.max_queue_work,
         metrics=metrics,
     )
+    recommender = Recommender(
+        scorer, lend=batcher.lend, block_items=settings.recommend_block_items, metrics=metrics
+    )
+    await recommender.warm_up()
     # What is there by now stays: no collection need look at it again. Requests leave no cycles
     # behind, so that looking for some can wait.
     gc.collect()
@@ -69,7 +78,12 @@ async def running(
     batcher.start()
     try:
         yield Services(
-            settings=settings, model=model, history=store, batcher=batcher, metrics=metrics
+            settings=settings,
+            model=model,
+            history=store,
+            batcher=batcher,
+            recommender=recommender,
+            metrics=metrics,
         )
     finally:
         await batcher.stop()

@@ -9,14 +9,13 @@ import torch
 from contract.errors import ContractError
 from training.checkpoint import load_model
 from training.config import RunConfig, load_config
-from training.data.click_data import open_click_data
 from training.data.log import PreparedLog
 from training.data.prepare import PrepareOptions, prepare
 from training.data.readers import FORMATS, LogSource
 from training.data.splits import Part
 from training.distributed import join_workers
 from training.errors import ConfigError, TrainingError
-from training.evaluation import evaluate
+from training.tasks import open_task
 from training.trainer import MODEL, train
 
 NAMED_RUNS = Path(__file__).parent / "runs"
@@ -133,11 +132,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     log = PreparedLog(options.log)
     if log.header.fingerprint != trained.data_fingerprint:
         raise ConfigError(f"{options.model} was trained on another log than {options.log}")
-    data = open_click_data(log, trained.config)
-    loader = data.loaders[Part[options.part.upper()]]
-    evaluation = evaluate(trained.model, trained.score_kind, loader, torch.device("cpu"))
-    name = f"{trained.config.name}, {options.part}"
-    _print_metrics(name, evaluation.metrics(trained.score_kind))
+    task = open_task(log, trained.config)
+    metrics = task.evaluate(trained.model, Part[options.part.upper()], torch.device("cpu"))
+    _print_metrics(f"{trained.config.name}, {options.part}", metrics)
     return 0
 
 

@@ -19,22 +19,26 @@ from training.errors import CheckpointError, ConfigError
 from training.folders import staged_file
 from training.models.build import build_model, score_kind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """A stopped run: `epoch` and `next_batch` say where the data goes on.
 
-    `loss_sum`, `n_samples`: of the running epoch. `log`: the lines of metrics.jsonl so far.
+    `loss_sum`, `n_samples`: of the running epoch. `best_metric`: the best validation's.
+    `validations_since_best`: how often a validation was no better. `trained_s`: seconds of training
+    so far. `log`: the lines of metrics.jsonl so far.
     """
 
     epoch: int
     next_batch: int
     loss_sum: float
     n_samples: int
-    best_auc: float
+    best_metric: float
     best_epoch: int
+    validations_since_best: int
+    trained_s: float
     finished: bool
     log: list[dict[str, Any]]
 
@@ -87,6 +91,7 @@ def save_model(
     *,
     item_counts: Tensor,
     category_of_row: Tensor | None,
+    n_users: int = 0,
 ) -> None:
     """Replace `path` by the trained model, atomically."""
     _save(
@@ -97,6 +102,7 @@ def save_model(
             "item_ids": torch.from_numpy(trained.catalogue.item_ids),
             "item_counts": item_counts,
             "category_of_row": category_of_row,
+            "n_users": n_users,
             "weights": trained.model.state_dict(),
             "metrics": trained.metrics,
             "data_fingerprint": trained.data_fingerprint,
@@ -114,6 +120,7 @@ def load_model(path: Path) -> TrainedModel:
             config.features,
             item_counts=fields["item_counts"],
             category_of_row=fields["category_of_row"],
+            n_users=fields["n_users"],
         )
         model.load_state_dict(fields["weights"])
         return TrainedModel(

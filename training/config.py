@@ -11,9 +11,11 @@ from contract.features import FeatureSpec
 from training.data.negatives import NegativeSampling
 from training.data.splits import SplitName
 from training.errors import ConfigError
+from training.ranking import Protocol
 
 Positive = Annotated[int, Field(ge=1)]
 Units = Annotated[tuple[Positive, ...], Field(max_length=8)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Settings(BaseModel):
@@ -47,8 +49,125 @@ class PopularityConfig(_Settings):
     name: Literal["popularity"]
 
 
+class FpmcConfig(_Settings):
+    """FPMC over a next-item log: every basket is one item.
+
+    `user_factor`: "table" learns one factor a user, as the paper does; "history" is the mean of
+    factors of the user's items instead, so that users whom training has not seen are served too.
+    """
+
+    name: Literal["fpmc"]
+    embedding_dim: Positive = 64
+    user_factor: Literal["table", "history"] = "history"
+
+
+class Gru4RecConfig(_Settings):
+    """GRU4Rec."""
+
+    name: Literal["gru4rec"]
+    embedding_dim: Positive = 64
+    hidden_units: Positive = 128
+    layers: Positive = 1
+    dropout: Rate = 0.3
+
+
+class SasRecConfig(_Settings):
+    """SASRec, and its revision: see `training.models.sasrec`.
+
+    `user_embedding`: one embedding a user, added to the user vector. `codes`: break item ids into
+    so many codes of `codebook_size` each; 0 keeps one embedding an item.
+    """
+
+    name: Literal["sasrec"]
+    embedding_dim: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
+    ffn_units: Positive = 256
+    dropout: Rate = 0.2
+    norm: Literal["pre", "post"] = "pre"
+    positions: Literal["row", "relative"] = "row"
+    mask_padding: bool = True
+    user_embedding: bool = False
+    user_dropout: Rate = 0.5
+
+
+class Bert4RecConfig(_Settings):
+    """BERT4Rec. `mask_rate`: share of behaviors hidden in training."""
+
+    name: Literal["bert4rec"]
+    embedding_dim: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
+    ffn_units: Positive = 256
+    dropout: Rate = 0.2
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class LinRecConfig(_Settings):
+    """LinRec. `causal`: each position sees what came before it only; the published form sees all,
+    and is trained on the last position alone.
+    """
+
+    name: Literal["linrec"]
+    embedding_dim: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
+    ffn_units: Positive = 256
+    dropout: Rate = 0.2
+    causal: bool = False
+
+
+class HstuConfig(_Settings):
+    """HSTU. `time_bias`, `position_bias`: which parts the relative attention bias has."""
+
+    name: Literal["hstu"]
+    embedding_dim: Positive = 50
+    layers: Positive = 2
+    heads: Positive = 1
+    dropout: Rate = 0.2
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    time_bias: bool = True
+    position_bias: bool = True
+
+
+class PkmActConfig(_Settings):
+    """PKM-ACT, or its causal form: see `training.models.pkm_act`.
+
+    `keys_per_side`: n, of K = n x n experts; `experts`: k, retrieved for a user in each layer.
+    `stride`: positions that one step of the query network merges. `chunk`: positions of one chunk
+    of the causal form. `query_network`, `product_keys`, `dispatcher`: False is the paper's
+    ablation of that part.
+    """
+
+    name: Literal["pkm_act"]
+    form: Literal["last", "causal"] = "last"
+    embedding_dim: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
+    ffn_units: Positive = 256
+    dropout: Rate = 0.2
+    keys_per_side: Positive = 16
+    experts: Positive = 8
+    stride: Annotated[int, Field(ge=2)] = 4
+    chunk: Positive = 16
+    time_features: bool = True
+    query_network: bool = True
+    product_keys: bool = True
+    dispatcher: bool = True
+
+
+NextItemModelConfig = (
+    FpmcConfig
+    | Gru4RecConfig
+    | SasRecConfig
+    | Bert4RecConfig
+    | LinRecConfig
+    | HstuConfig
+    | PkmActConfig
+)
 ModelConfig = Annotated[
-    ImnConfig | YouTubeDnnConfig | PopularityConfig, Field(discriminator="name")
+    ImnConfig | YouTubeDnnConfig | PopularityConfig | NextItemModelConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -72,19 +191,56 @@ class DataConfig(_Settings):
     unknown_rate: Annotated[float, Field(ge=0, lt=1)] = 0.002
 
 
-class TrainConfig(_Settings):
-    """How a model is trained: BCE, Adam, early stopping on validation AUC.
+class NextItemConfig(_Settings):
+    """How a next-item model is trained and ranked, on leave-one-out parts of a log.
 
-    `batch_size`: moments in a step, over all processes. `patience`: epochs without a better
-    validation AUC before training stops. `checkpoint_every_s`: seconds between checkpoints.
+    `loss`: "softmax" over the whole catalogue, "sampled_softmax", "bce" or "bpr" against
+    negatives, drawn as `negatives` says: `n_negatives` shared by the batch for a softmax, so many
+    for each position otherwise. "in-batch" takes the other targets of the batch. `logq`: correct
+    logits for how often an item is drawn. `exclude_own`: a user's own items are no negatives.
+    `prefixes_per_user`: of a model that is trained on last positions only, how many prefixes of a
+    user an epoch holds; 0 takes all. `rows`: of a history longer than the model reads, the newest
+    part, or all of it in parts. `same_length`: a batch holds rows of one length only, without
+    padding. `protocols`: rankings reported on the test part; the first is also the one that
+    validation watches. `n_ranked`: negatives of a sampled protocol.
+    """
+
+    loss: Literal["softmax", "sampled_softmax", "bce", "bpr"] = "softmax"
+    negatives: Literal["uniform", "popularity", "in-batch"] = "uniform"
+    n_negatives: Positive = 256
+    logq: bool = False
+    exclude_own: bool = True
+    prefixes_per_user: Annotated[int, Field(ge=0)] = 1
+    rows: Literal["newest", "all"] = "newest"
+    same_length: bool = False
+    protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)] = (
+        "full",
+        "pop100",
+        "pop100_history_excluded",
+    )
+    n_ranked: Positive = 100
+
+
+class TrainConfig(_Settings):
+    """How a model is trained: Adam, early stopping on what validation measures (click models:
+    AUC with BCE as loss, next-item models: see NextItemConfig).
+
+    `batch_size`: moments, or rows, in a step, over all processes. `patience`: validations without
+    a better one before training stops. `validate_every`: epochs from one validation to the next.
+    `max_train_s`: seconds of training, measured on this machine, after which the running epoch is
+    the last; 0 sets no limit. `precision`: of matrix products in training. `checkpoint_every_s`: seconds between checkpoints.
     """
 
     seed: Annotated[int, Field(ge=0)] = 1
     batch_size: Positive = 512
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_epochs: Positive = 10
     patience: Positive = 2
+    validate_every: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_train_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     checkpoint_every_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
 
 
@@ -94,6 +250,7 @@ class RunConfig(_Settings):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._+-]*$")]
     features: FeatureSpec = FeatureSpec()
     data: DataConfig = DataConfig()
+    next_item: NextItemConfig = NextItemConfig()
     model: ModelConfig
     train: TrainConfig = TrainConfig()
 

@@ -1,10 +1,12 @@
-"""The training loop: BCE, Adam, early stopping on validation AUC, exact resumption after a kill.
+"""The training loop: Adam, early stopping on validation, exact resumption after a kill.
 
 A run folder holds
     config.json      the settings, resolved
     checkpoint.pt    everything to go on with, replaced every minute or so
     metrics.jsonl    one line an epoch, then one for the test part
     model.pt         the best epoch's weights, with test metrics: what the exporter takes
+    cost.json        epochs, seconds of training, parameters, device
+    negatives.npz    of a next-item model: what its targets were ranked against
     report.html      one page with curves
 """
 
@@ -18,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -33,22 +35,20 @@ from training.checkpoint import (
     save_run_state,
 )
 from training.config import RunConfig
-from training.data.click_data import ClickData, open_click_data
-from training.data.loader import ClickBatch
 from training.data.log import PreparedLog
 from training.data.splits import Part
 from training.distributed import Worker
 from training.errors import CheckpointError, TrainingError
-from training.evaluation import evaluate, to_tensors
 from training.folders import staged_file
-from training.models.build import build_model, score_kind
 from training.report import write_report
+from training.tasks import Batch, TrainingStep, open_task
 
 CHECKPOINT = "checkpoint.pt"
 MODEL = "model.pt"
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 REPORT = "report.html"
+COST = "cost.json"
 
 
 def train(
@@ -76,19 +76,6 @@ def train(
     return run.finish()
 
 
-def batch_loss(model: nn.Module, batch: ClickBatch, device: torch.device) -> Tensor:
-    """Return the summed BCE of this process' samples over the samples of the whole batch.
-
-    Summed over the processes that share a batch, this is its mean loss: the gradient does not
-    depend on how many processes there are.
-    """
-    logits_BC = model(*to_tensors(batch.inputs, device))
-    loss_BC = binary_cross_entropy_with_logits(
-        logits_BC, torch.from_numpy(batch.labels).to(device), reduction="none"
-    )
-    return (loss_BC * torch.from_numpy(batch.mask).to(device)).sum() / max(batch.n_samples, 1)
-
-
 class _Run:
     """One run in progress."""
 
@@ -105,20 +92,14 @@ class _Run:
         self.config, self.folder, self.worker, self.clock = config, folder, worker, clock
         self.fingerprint = log.header.fingerprint
         self.show_progress = show_progress and worker.is_first
-        self.kind = score_kind(config.model)
-        self.data: ClickData = open_click_data(log, config)
-        self.model = build_model(
-            config.model,
-            config.features,
-            item_counts=self.data.item_counts,
-            category_of_row=self.data.category_of_row,
-            seed=config.train.seed,
-        ).to(worker.device)
+        self.task = open_task(log, config)
+        self.model = self.task.model.to(worker.device)
         parameters = list(self.model.parameters())
         self.optimizer = (
             torch.optim.Adam(
                 parameters,
                 lr=config.train.learning_rate,
+                betas=(0.9, config.train.adam_beta2),
                 weight_decay=config.train.weight_decay,
             )
             if parameters
@@ -130,8 +111,10 @@ class _Run:
             next_batch=0,
             loss_sum=0.0,
             n_samples=0,
-            best_auc=float("-inf"),
+            best_metric=float("-inf"),
             best_epoch=-1,
+            validations_since_best=0,
+            trained_s=0.0,
             finished=False,
             log=[],
         )
@@ -154,13 +137,19 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_json(self.folder / CONFIG, self.config.model_dump(mode="json"))
         if self.optimizer is not None:
-            self._train(self.optimizer)
+            # Dropout draws from torch's generator, which is not this run's to change.
+            with torch.random.fork_rng():
+                self._train(self.optimizer)
         self.model.load_state_dict(self.best_model)
-        metrics = self._evaluate(Part.TEST) if self.worker.is_first else {}
+        metrics = (
+            self.task.evaluate(self.model, Part.TEST, self.worker.device)
+            if self.worker.is_first
+            else {}
+        )
         trained = TrainedModel(
             config=self.config,
             model=self.model.eval(),
-            catalogue=self.data.catalogue,
+            catalogue=self.task.catalogue,
             metrics=metrics,
             data_fingerprint=self.fingerprint,
         )
@@ -168,18 +157,35 @@ class _Run:
             save_model(
                 self.folder / MODEL,
                 trained,
-                item_counts=self.data.item_counts,
-                category_of_row=self.data.category_of_row,
+                item_counts=self.task.item_counts,
+                category_of_row=self.task.category_of_row,
+                n_users=self.task.n_users,
             )
+            self.task.save_evaluation(self.folder)
+            _write_json(self.folder / COST, self._cost())
             lines = [*self.progress.log, {"part": "test", **metrics}]
             _write_lines(self.folder / METRICS, lines)
-            write_report(self.folder / REPORT, self.config, lines)
+            write_report(self.folder / REPORT, self.config, lines, metric=self.task.metric)
         return trained
 
+    def _cost(self) -> dict[str, Any]:
+        device = self.worker.device
+        is_gpu = device.type == "cuda"
+        return {
+            "epochs": self.progress.epoch,
+            "best_epoch": self.progress.best_epoch,
+            "trained_s": round(self.progress.trained_s, 1),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "device": torch.cuda.get_device_name(device) if is_gpu else "cpu",
+            "threads": torch.get_num_threads(),
+        }
+
     def _train(self, optimizer: torch.optim.Optimizer) -> None:
-        network: nn.Module = self.model
+        network: nn.Module = TrainingStep(
+            self.model, self.task, bf16=self.config.train.precision == "bf16"
+        )
         if self.worker.world_size > 1:
-            network = DistributedDataParallel(self.model)
+            network = DistributedDataParallel(network)
         self.model.train()
         while not self.progress.finished:
             started = self.clock()
@@ -188,84 +194,102 @@ class _Run:
             self._save(optimizer)
 
     def _train_epoch(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        loader, progress = self.data.loaders[Part.TRAIN], self.progress
-        saved_at = self.clock()
-        batches = loader.epoch(
+        progress = self.progress
+        saved_at = counted_to = self.clock()
+        batches = self.task.batches(
             progress.epoch,
-            shuffle=True,
             first_batch=progress.next_batch,
             rank=self.worker.rank,
             world_size=self.worker.world_size,
         )
-        with self._bar(loader.n_samples, progress) as bar:
+        with self._bar(self.task.n_samples(progress.epoch), progress) as bar:
             for batch in batches:
+                # A step's randomness is its own: a resumed run draws what a whole one would have.
+                torch.manual_seed(self._seed_of_step(progress))
                 optimizer.zero_grad()
-                loss = batch_loss(network, batch, self.worker.device)
+                loss = network(batch, self.worker.device)
                 # DDP averages gradients over the processes; the loss is to be summed over them.
-                (loss * self.worker.world_size).backward()  # type: ignore[no-untyped-call]
+                (loss * self.worker.world_size).backward()
                 optimizer.step()
-                progress = self._advance(batch, self.worker.sum(loss.item()))
+                now = self.clock()
+                progress = self._advance(batch, self.worker.sum(loss.item()), now - counted_to)
+                counted_to = now
                 if bar is not None:
                     bar.update(batch.n_samples)
-                    bar.set_postfix(loss=f"{progress.loss_sum / progress.n_samples:.4f}")
+                    bar.set_postfix(loss=f"{progress.loss_sum / max(progress.n_samples, 1):.4f}")
                 if self.clock() - saved_at >= self.config.train.checkpoint_every_s:
                     self._save(optimizer)
                     saved_at = self.clock()
 
-    def _advance(self, batch: ClickBatch, loss: float) -> Progress:
+    def _seed_of_step(self, progress: Progress) -> int:
+        place = (self.config.train.seed, progress.epoch, progress.next_batch, self.worker.rank)
+        return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def _advance(self, batch: Batch, loss: float, seconds: float) -> Progress:
         done = self.progress
         self.progress = replace(
             done,
             next_batch=done.next_batch + 1,
             loss_sum=done.loss_sum + loss * batch.n_samples,
             n_samples=done.n_samples + batch.n_samples,
+            trained_s=done.trained_s + seconds,
         )
         return self.progress
 
     def _close_epoch(self, seconds: float) -> None:
         """Validate, keep the weights if they are the best so far, and decide whether to stop."""
-        done = self.progress
-        metrics = self._evaluate(Part.VALID) if self.worker.is_first else {"auc": 0.0}
-        auc = self.worker.broadcast(metrics["auc"])
-        if math.isnan(auc):
-            raise TrainingError(
-                f"epoch {done.epoch + 1}: the validation AUC is not a number: training diverged, "
-                "or the validation part holds one label only"
-            )
-        best_auc, best_epoch = done.best_auc, done.best_epoch
-        if auc > best_auc:
-            best_auc, best_epoch = auc, done.epoch
-            self.best_model = copy.deepcopy(self.model.state_dict())
-        epoch = done.epoch + 1
-        line = {
+        done, settings = self.progress, self.config.train
+        # One clock decides for all processes.
+        out_of_time = self.worker.broadcast(
+            float(0 < settings.max_train_s <= done.trained_s)
+        )
+        last = bool(out_of_time) or done.epoch + 1 >= settings.max_epochs
+        line: dict[str, Any] = {
             "part": "valid",
             "epoch": done.epoch,
             "train_loss": done.loss_sum / max(done.n_samples, 1),
-            **metrics,
         }
-        self.progress = Progress(
-            epoch=epoch,
-            next_batch=0,
-            loss_sum=0.0,
-            n_samples=0,
-            best_auc=best_auc,
-            best_epoch=best_epoch,
-            finished=(
-                epoch >= self.config.train.max_epochs
-                or done.epoch - best_epoch >= self.config.train.patience
-            ),
-            log=[*done.log, line],
-        )
+        progress = replace(done, epoch=done.epoch + 1, next_batch=0, loss_sum=0.0, n_samples=0)
+        outcome = "not validated"
+        if last or progress.epoch % settings.validate_every == 0:
+            metrics = self._validate()
+            line |= metrics
+            progress = self._judge(progress, metrics[self.task.metric])
+            outcome = f"validation {self.task.metric} {metrics[self.task.metric]:.4f}"
+            if progress.best_epoch == done.epoch:
+                outcome += " (best so far)"
+        finished = last or progress.validations_since_best >= settings.patience
+        self.progress = replace(progress, finished=finished, log=[*done.log, line])
         if self.show_progress:
-            rate = done.n_samples / seconds
             tqdm.write(
-                f"epoch {epoch}: training loss {line['train_loss']:.4f}, validation AUC {auc:.4f}, "
-                f"{rate:,.0f} samples/s{' (best so far)' if best_epoch == done.epoch else ''}"
+                f"epoch {progress.epoch}: training loss {line['train_loss']:.4f}, {outcome}, "
+                f"{done.n_samples / seconds:,.0f} samples/s"
             )
 
-    def _evaluate(self, part: Part) -> dict[str, float]:
-        loader = self.data.loaders[part]
-        return evaluate(self.model, self.kind, loader, self.worker.device).metrics(self.kind)
+    def _validate(self) -> dict[str, float]:
+        """Return the validation part's metrics; of the processes but the first, the watched one."""
+        metrics = {self.task.metric: 0.0}
+        if self.worker.is_first:
+            metrics = self.task.evaluate(self.model, Part.VALID, self.worker.device)
+        metrics[self.task.metric] = self.worker.broadcast(metrics[self.task.metric])
+        return metrics
+
+    def _judge(self, progress: Progress, metric: float) -> Progress:
+        """Return the progress after a validation, and keep the weights when they are the best."""
+        if math.isnan(metric):
+            raise TrainingError(
+                f"epoch {progress.epoch}: the validation {self.task.metric} is not a number: "
+                "training diverged, or the validation part holds one label only"
+            )
+        if metric <= progress.best_metric:
+            return replace(progress, validations_since_best=progress.validations_since_best + 1)
+        self.best_model = copy.deepcopy(self.model.state_dict())
+        return replace(
+            progress,
+            best_metric=metric,
+            best_epoch=progress.epoch - 1,
+            validations_since_best=0,
+        )
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.worker.is_first:

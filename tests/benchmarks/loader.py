@@ -13,13 +13,10 @@ import torch
 from loadtest.machine import describe_machine
 from loadtest.world import WorldSettings, make_world, write_log
 from training.config import parse_config
-from training.data.click_data import open_click_data
 from training.data.log import PreparedLog
 from training.data.prepare import PrepareOptions, prepare
 from training.data.readers import LogSource
-from training.data.splits import Part
-from training.models.build import build_model
-from training.trainer import batch_loss
+from training.tasks import open_task
 
 _BATCHES = 8
 _SHAPES = ((64, 1000), (256, 200))
@@ -48,12 +45,9 @@ def _row(folder: Path, batch_size: int, length: int) -> None:
         },
         "benchmark",
     )
-    data = open_click_data(PreparedLog(folder / "log"), config)
-    model = build_model(
-        config.model, config.features, item_counts=data.item_counts, category_of_row=None, seed=1
-    )
-    optimizer = torch.optim.Adam(model.parameters())
-    batches = data.loaders[Part.TRAIN].epoch(0, shuffle=True)
+    task = open_task(PreparedLog(folder / "log"), config)
+    optimizer = torch.optim.Adam(task.model.parameters())
+    batches = task.batches(0, first_batch=0, rank=0, world_size=1)
     next(batches)  # the order of the epoch is drawn once
     loading_s, stepping_s = [], []
     for _ in range(_BATCHES):
@@ -61,7 +55,7 @@ def _row(folder: Path, batch_size: int, length: int) -> None:
         batch = next(batches)
         loaded = time.perf_counter()
         optimizer.zero_grad()
-        batch_loss(model, batch, torch.device("cpu")).backward()
+        task.loss(task.model, batch, torch.device("cpu")).backward()
         optimizer.step()
         loading_s.append(loaded - started)
         stepping_s.append(time.perf_counter() - loaded)

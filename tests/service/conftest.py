@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from contract.bundle import ScoreKind
 from loadtest.redis_server import free_port, redis_server
 from service.app import create_app
 from service.history import HistoryStore, connect
@@ -107,6 +108,7 @@ def patient_settings(redis_url: str, **changes: Any) -> Settings:
             "redis_url": redis_url,
             "redis_timeout_s": _TIMEOUT_S,
             "deadline_s": PATIENCE_S,
+            "recommend_deadline_s": PATIENCE_S,
             **changes,
         }
     )
@@ -138,13 +140,16 @@ def serve(redis_url) -> Iterator[Serve]:
             *,
             history: HistoryStore | None = None,
             warm_up_took: Sequence[tuple[int, float]] = QUICK,
+            score_kind: ScoreKind = "affinity",
             **changes: Any,
         ) -> LiveService:
-            model = DummyModel(warm_up_took=warm_up_took)
+            model = DummyModel(warm_up_took=warm_up_took, score_kind=score_kind)
             settings = patient_settings(changes.pop("redis_url", redis_url), **changes)
-            return stack.enter_context(
+            service = stack.enter_context(
                 live_service(create_app(settings, model, history=history), model)
             )
+            model.reset()  # what it ran to become warm is no test's
+            return service
 
         yield start
 

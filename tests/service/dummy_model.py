@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from contract.bundle import REQUIRED_FILES, FileEntry, Manifest
+from contract.bundle import REQUIRED_FILES, FileEntry, Manifest, ScoreKind
 from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW, Catalogue
 from contract.encoding import ModelInputs
 from contract.features import DAYS, FeatureSpec
@@ -36,13 +36,13 @@ def score_of(candidate: int, *, behaviors: int = 0, oldest: int = 0, day: int = 
     return float(100_000 * day + 1_000 * oldest + 100 * behaviors + candidate)
 
 
-def dummy_manifest() -> Manifest:
+def dummy_manifest(score_kind: ScoreKind = "affinity") -> Manifest:
     no_file = FileEntry(sha256="0" * 64, size_bytes=0)
     return Manifest(
         format_version=1,
         model_name="dummy",
         model_version="dummy-1",
-        score_kind="affinity",
+        score_kind=score_kind,
         features=FeatureSpec(history_length=HISTORY_LENGTH, granularities=(DAYS,)),
         n_items=KNOWN_ITEMS,
         golden_tolerance=1e-3,
@@ -62,8 +62,13 @@ class DummyModel:
     `warm_up_took`: (work, seconds) of batches that the warm-up pretends to have run.
     """
 
-    def __init__(self, *, warm_up_took: Sequence[tuple[int, float]] = QUICK) -> None:
-        self.manifest = dummy_manifest()
+    def __init__(
+        self,
+        *,
+        warm_up_took: Sequence[tuple[int, float]] = QUICK,
+        score_kind: ScoreKind = "affinity",
+    ) -> None:
+        self.manifest = dummy_manifest(score_kind)
         self.catalogue = Catalogue(np.arange(1, KNOWN_ITEMS + 1, dtype=np.int64))
         self._warm_up_took = list(warm_up_took)
         # No axis has sizes: nothing is rounded up, and every batch has its own shape.

@@ -51,6 +51,24 @@ class LiveService:
         scores: list[float] = answer.json()["scores"]
         return scores
 
+    def recommend(
+        self,
+        user_id: Any = "ann",
+        k: Any = 3,
+        deadline_ms: float | str | None = None,
+        **fields: Any,
+    ) -> httpx.Response:
+        headers = {} if deadline_ms is None else {"X-Deadline-Ms": str(deadline_ms)}
+        body = {"user_id": user_id, "k": k, **fields}
+        return self.client.post("/recommend", json=body, headers=headers)
+
+    def recommended(self, user_id: Any = "ann", k: Any = 3, **fields: Any) -> list[int]:
+        """Return the items of a recommendation that must succeed."""
+        answer = self.recommend(user_id, k, **fields)
+        assert answer.status_code == 200, answer.text
+        item_ids: list[int] = answer.json()["item_ids"]
+        return item_ids
+
     def events(self, *events: tuple[Any, Any, Any]) -> httpx.Response:
         """Post (user, item, time)s as a batch."""
         fields = ("user_id", "item_id", "time")

@@ -276,7 +276,10 @@ class TestBadRequests:
 
     @pytest.mark.parametrize(
         ("method", "path"),
-        [("GET", "/score"), ("PUT", "/score"), ("GET", "/events"), ("POST", "/metrics")],
+        [
+            *(("GET", "/score"), ("PUT", "/score"), ("GET", "/recommend"), ("GET", "/events")),
+            ("POST", "/metrics"),
+        ],
     )
     def test_a_wrong_method_is_told_the_right_one(self, service, method, path):
         answer = service.client.request(method, path)
@@ -326,13 +329,15 @@ class TestOperators:
     def test_the_docs_have_an_example_for_each_body(self, service):
         assert service.client.get("/docs").status_code == 200
         schemas = service.client.get("/openapi.json").json()["components"]["schemas"]
-        for name in ("ScoreBody", "ScoreAnswer", "Event"):
+        for name in ("ScoreBody", "ScoreAnswer", "RecommendBody", "RecommendAnswer", "Event"):
             assert schemas[name]["examples"], name
 
     def test_the_example_of_the_docs_is_answered(self, service):
         schemas = service.client.get("/openapi.json").json()["components"]["schemas"]
         for example in schemas["ScoreBody"]["examples"]:
             assert service.client.post("/score", json=example).status_code == 200
+        for example in schemas["RecommendBody"]["examples"]:
+            assert service.client.post("/recommend", json=example).status_code == 200
         for example in schemas["Event"]["examples"]:
             assert service.client.post("/events", json=example).status_code == 200
 
@@ -340,6 +345,7 @@ class TestOperators:
         ("path", "statuses"),
         [
             ("/score", {"413", "422", "429", "500", "503"}),
+            ("/recommend", {"409", "413", "422", "429", "500", "503"}),
             ("/events", {"413", "422", "500", "503"}),
         ],
     )

@@ -688,6 +688,121 @@ async def test_a_client_is_asked_before_each_stage():
         assert client.asked == 2
 
 
+class TestLent:
+    async def test_it_is_lent_at_once_when_it_is_idle(self):
+        async with running() as queue:
+            async with queue.batcher.lend(0.0):
+                assert queue.stages.batches == []
+            assert await queue.answer("a") == "A"
+
+    async def test_no_batch_runs_while_it_is_lent(self):
+        """But the next one is prepared, and grows."""
+        async with running() as queue:
+            async with queue.batcher.lend(0.0):
+                later = [*await queue.begin("a"), *await queue.begin("b")]
+                assert queue.stages.prepared == [["a"], ["b"]]
+                assert queue.stages.batches == []
+            assert await answers(*later) == ["A", "B"]
+            assert queue.stages.batches == [["a", "b"]]
+
+    async def test_it_is_not_lent_while_a_batch_runs(self):
+        async with running() as queue:
+            async with queue.busy():
+                borrower = asyncio.create_task(borrow(queue, "lent"))
+                await let_run()
+                assert queue.stages.batches == [["first"]]
+            await borrower
+            assert queue.stages.batches == [["first"], ["lent"]]
+
+    async def test_batches_and_a_borrower_take_turns(self):
+        """Whoever is there all the time keeps nobody else from it."""
+        async with running(max_batch_work=1) as queue:
+            async with queue.busy():
+                later = [one for word in "ab" for one in await queue.begin(word)]
+                borrower = asyncio.create_task(borrow(queue, "lent", "lent again"))
+                await let_run()
+            await asyncio.gather(answers(*later), borrower)
+            assert queue.stages.batches == [["first"], ["lent"], ["a"], ["lent again"], ["b"]]
+
+    async def test_a_borrower_that_fails_gives_it_back(self):
+        async with running() as queue:
+            with pytest.raises(RuntimeError, match="broken"):
+                async with queue.batcher.lend(0.0):
+                    raise RuntimeError("broken")
+            assert await queue.answer("a") == "A"
+
+    async def test_a_borrower_that_gives_up_waiting_is_forgotten(self):
+        async with running() as queue:
+            async with queue.busy():
+                borrower = asyncio.create_task(borrow(queue, "lent", expected_s=FOREVER_S))
+                await let_run()
+                borrower.cancel()
+                await asyncio.gather(borrower, return_exceptions=True)
+                later = await queue.begin("a", within_s=PATIENCE_S)
+            assert await answers(*later) == ["A"]
+            assert queue.stages.batches == [["first"], ["a"]]
+
+    async def test_a_request_is_admitted_by_the_time_for_which_it_is_lent(self):
+        async with running() as queue:
+            async with queue.batcher.lend(10.0):
+                first = queue.submit("first", within_s=5.0)
+                with pytest.raises(OverloadedError, match="the deadline is in"):
+                    queue.submit("hopeless", within_s=5.0)
+                patient = queue.submit("patient", within_s=50.0)
+            assert await answers(first, patient) == ["FIRST", "PATIENT"]
+            assert queue.dropped("hopeless") == 1
+
+    async def test_and_by_the_time_of_those_who_wait_for_it(self):
+        async with running() as queue:
+            async with queue.busy():
+                borrower = asyncio.create_task(borrow(queue, "lent", expected_s=10.0))
+                await let_run()
+                with pytest.raises(OverloadedError, match="the deadline is in"):
+                    queue.submit("hopeless", within_s=5.0)
+                patient = queue.submit("patient", within_s=50.0)
+            await borrower
+            assert await answers(patient) == ["PATIENT"]
+
+    async def test_what_is_hopeless_by_the_time_it_comes_back_is_never_run(self):
+        async with running() as queue:
+            async with queue.batcher.lend(0.0):
+                (late,) = await queue.begin("late", within_s=0.05)
+                await pass_moment(0.05)
+            with pytest.raises(DeadlineExceededError):
+                await late
+            assert queue.stages.batches == []
+
+    async def test_the_time_for_which_it_was_lent_is_no_batchs(self):
+        """Or every batch would be predicted to take so long."""
+        cost = RecordingCost()
+        async with running(cost=cost) as queue:
+            async with queue.batcher.lend(0.0):
+                (answer,) = await queue.begin("a")
+                await pass_moment(1.0)
+            await answers(answer)
+            assert [seconds < 1.0 for seconds in cost.measured_s] == [True]
+
+
+class RecordingCost(KnownCost):
+    """Keeps what batches took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measured_s: list[float] = []
+
+    def update(self, work: int, seconds: float) -> None:
+        del work
+        self.measured_s.append(seconds)
+
+
+async def borrow(queue: Queue, *names: str, expected_s: float = 0.0) -> None:
+    """Have the device for one turn after the other, and note them among the batches."""
+    for name in names:
+        async with queue.batcher.lend(expected_s):
+            queue.stages.batches.append([name])
+            await asyncio.sleep(0)
+
+
 class TestErrors:
     @pytest.mark.parametrize("stage", ["prepare", "run"])
     async def test_an_error_for_one_request_is_its_own(self, stage):

@@ -126,6 +126,7 @@ class TestAppend:
         behaviors = records(*steps(*range(1, 2 * KEEP + 1)))
         await store.append({"ann": behaviors})
         assert redis.get(ANN) == behaviors
+        assert await store.fetch(["ann"], store.longest) == [behaviors]
 
     async def test_more_than_twice_is_cut_to_the_newest_kept(self, store, redis):
         behaviors = steps(*range(1, 2 * KEEP + 2))

@@ -51,6 +51,22 @@ def test_each_stage_is_there_before_anything_was_scored(stage):
     assert found["mneme_stage_seconds_sum", (stage,)] == 0.02
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_of_a_recommendation_is_there_before_the_first(stage):
+    found = samples(Metrics().text().decode())
+    assert found["mneme_recommend_seconds_count", (stage,)] == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "within"), [(0.2, 1), (0.201, 0)], ids=["within the deadline", "beyond"]
+)
+def test_the_deadline_of_a_recommendation_is_an_edge(seconds, within):
+    metrics = Metrics()
+    metrics.recommend_seconds.labels("total").observe(seconds)
+    found = samples(metrics.text().decode())
+    assert found["mneme_recommend_seconds_bucket", ("0.2", "total")] == within
+
+
 @pytest.mark.parametrize(
     ("seconds", "within"), [(0.03, 1), (0.0301, 0)], ids=["within the budget", "beyond"]
 )

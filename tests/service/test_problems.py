@@ -18,6 +18,7 @@ PROBLEMS = [
     (errors.OverloadedError, 429, "overloaded", "1"),
     (errors.DeadlineExceededError, 503, "deadline-exceeded", "1"),
     (errors.ModelFailedError, 500, "model-failed", None),
+    (errors.NotRecommendableError, 409, "not-recommendable", None),
     (ServiceError, 500, "internal-error", None),
 ]
 

@@ -56,6 +56,7 @@ def test_defaults_serve_one_machine():
     assert settings.provider == "cpu"
     assert settings.on_redis_failure == "refuse"
     assert settings.deadline_s == 0.03
+    assert settings.recommend_deadline_s == 0.2
 
 
 def test_variables_are_read(environment):
@@ -137,6 +138,8 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
                 provider="cuda",
                 threads=3,
                 deadline_s=1 / 3,
+                recommend_deadline_s=2 / 3,
+                recommend_block_items=1000,
                 max_batch_work=1,
                 max_queue_work=2**40,
                 max_body_bytes=1,
@@ -168,6 +171,12 @@ def test_the_settings_above_are_none_of_the_defaults():
         pytest.param({"provider": "tpu"}, "provider: Input should be 'cpu' or 'cuda'", id="choice"),
         pytest.param({"deadline_s": "0"}, "deadline_s: .* greater than 0", id="no time"),
         pytest.param({"deadline_s": "nan"}, "deadline_s: ", id="nan"),
+        pytest.param(
+            {"recommend_deadline_s": "0"}, "recommend_deadline_s: .* greater", id="no time to rank"
+        ),
+        pytest.param(
+            {"recommend_block_items": "0"}, "recommend_block_items: .* greater", id="empty blocks"
+        ),
         pytest.param({"redis_timeout_s": "-1"}, "redis_timeout_s: .* greater", id="negative"),
         pytest.param({"workers": "0"}, "workers: .* greater", id="no workers"),
         pytest.param({"workers": "257"}, "workers: .* less", id="many workers"),

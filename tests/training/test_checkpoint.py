@@ -9,7 +9,13 @@ import torch
 from contract.catalogue import Catalogue
 from tests.training.models.inputs import inputs
 from tests.training.runs import run_config
-from training.checkpoint import TrainedModel, load_model, load_run_state, save_model
+from training.checkpoint import (
+    FORMAT_VERSION,
+    TrainedModel,
+    load_model,
+    load_run_state,
+    save_model,
+)
 from training.errors import CheckpointError
 from training.models.build import build_model
 
@@ -74,11 +80,12 @@ def test_another_kind_of_file_is_refused(saved):
 
 def test_another_format_version_is_refused(tmp_path):
     torch.save({"format_version": 7, "kind": "model", "fields": {}}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="format version 7, this program reads version 1"):
+    with pytest.raises(CheckpointError, match="format version 7, this program reads version 2"):
         load_model(tmp_path / "model.pt")
 
 
 def test_missing_fields_are_refused(tmp_path):
-    torch.save({"format_version": 1, "kind": "model", "fields": {}}, tmp_path / "model.pt")
+    content = {"format_version": FORMAT_VERSION, "kind": "model", "fields": {}}
+    torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="not a trained model"):
         load_model(tmp_path / "model.pt")

@@ -17,13 +17,11 @@ import torch
 from tests.training.runs import run_config
 from training.checkpoint import load_model, load_run_state
 from training.config import RunConfig
-from training.data.click_data import open_click_data
 from training.data.log import PreparedLog
-from training.data.splits import Part
 from training.distributed import Worker
 from training.errors import CheckpointError
-from training.models.build import build_model
-from training.trainer import CHECKPOINT, CONFIG, METRICS, MODEL, REPORT, batch_loss, train
+from training.tasks import open_task
+from training.trainer import CHECKPOINT, CONFIG, COST, METRICS, MODEL, REPORT, train
 
 ALONE = Worker(device=torch.device("cpu"))
 
@@ -51,13 +49,13 @@ def test_training_lowers_the_loss_and_keeps_the_best_epoch(log, tmp_path):
     assert test["part"] == "test"
     assert trained.metrics == {key: value for key, value in test.items() if key != "part"}
     best = load_run_state(tmp_path / "run" / CHECKPOINT).progress
-    assert best.best_auc == max(line["auc"] for line in epochs)
+    assert best.best_metric == max(line["auc"] for line in epochs)
 
 
 def test_the_run_folder_holds_everything(log, tmp_path):
     run(run_config(max_epochs=1), log, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {CONFIG, METRICS, MODEL, REPORT, CHECKPOINT}
+    assert names == {CONFIG, METRICS, MODEL, REPORT, CHECKPOINT, COST}
     resolved = json.loads((tmp_path / "run" / CONFIG).read_text())
     assert resolved["train"]["seed"] == 5
     assert resolved["data"]["split"] == "time"
@@ -163,16 +161,13 @@ def test_popularity_is_tested_without_training(log, tmp_path):
 def test_gradients_of_shared_batches_add_up(log):
     """The parts of two processes give the gradient of one, to rounding."""
     config = run_config()
-    data = open_click_data(log, config)
-    model = build_model(
-        config.model, config.features, item_counts=data.item_counts, category_of_row=None, seed=1
-    ).double()
-    loader = data.loaders[Part.TRAIN]
+    task = open_task(log, config)
+    model = task.model.double()
 
     def gradients(rank: int, world_size: int) -> list[torch.Tensor]:
-        batch = next(loader.epoch(0, shuffle=True, rank=rank, world_size=world_size))
+        batch = next(task.batches(0, first_batch=0, rank=rank, world_size=world_size))
         twin = copy.deepcopy(model)
-        loss = batch_loss(twin, batch, ALONE.device)
+        loss = task.loss(twin, batch, ALONE.device)
         return list(torch.autograd.grad(loss, list(twin.parameters())))
 
     whole = gradients(0, 1)

@@ -41,8 +41,8 @@ def open_click_data(log: PreparedLog, config: RunConfig) -> ClickData:
             log, test_fraction=data.test_fraction, valid_fraction=data.valid_fraction
         )
     )
-    catalogue = _catalogue(log, split, data.min_item_count)
-    counts = _counts(catalogue, log.behaviors["item"][split.behaviors == Part.TRAIN])
+    catalogue = training_catalogue(log, split, data.min_item_count)
+    counts = count_items(catalogue, log.behaviors["item"][split.behaviors == Part.TRAIN])
     negatives = None
     if not from_impressions:
         weights = counts[FIRST_ROW:] if data.negative_sampling == "popularity" else None
@@ -64,7 +64,7 @@ def open_click_data(log: PreparedLog, config: RunConfig) -> ClickData:
     return ClickData(
         catalogue=catalogue,
         item_counts=torch.from_numpy(counts),
-        category_of_row=_categories(log, catalogue),
+        category_of_row=item_categories(log, catalogue),
         loaders={part: loader(part) for part in Part},
     )
 
@@ -88,7 +88,8 @@ def _moments(
     return behavior_moments(log, split, part)
 
 
-def _catalogue(log: PreparedLog, split: Split, min_item_count: int) -> Catalogue:
+def training_catalogue(log: PreparedLog, split: Split, min_item_count: int) -> Catalogue:
+    """Return the items that were chosen or shown in the training part, often enough."""
     seen = np.concatenate(
         [
             log.behaviors["item"][split.behaviors == Part.TRAIN],
@@ -99,12 +100,14 @@ def _catalogue(log: PreparedLog, split: Split, min_item_count: int) -> Catalogue
     return Catalogue(items[n_rows >= min_item_count])
 
 
-def _counts(catalogue: Catalogue, items: NDArray[np.int64]) -> NDArray[np.int64]:
+def count_items(catalogue: Catalogue, items: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how often each catalogue row stands among `items`, int64 [rows]."""
     rows = catalogue.rows(np.ascontiguousarray(items))
     return np.bincount(rows, minlength=catalogue.n_rows).astype(np.int64)
 
 
-def _categories(log: PreparedLog, catalogue: Catalogue) -> Tensor | None:
+def item_categories(log: PreparedLog, catalogue: Catalogue) -> Tensor | None:
+    """Return the category row of each catalogue row, int64 [rows]; None without categories."""
     if not log.header.has_categories:
         return None
     categories = np.zeros(catalogue.n_rows, dtype=np.int64)

@@ -10,16 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contract.catalogue import UNKNOWN_ROW, Catalogue
-from contract.encoding import ModelInputs, history_buckets
+from contract.encoding import ModelInputs
 from contract.features import FeatureSpec
 from contract.records import PADDING_ITEM
+from training.data.batches import length_sorted_batches
+from training.data.histories import HistoryGatherer
 from training.data.log import PreparedLog
 from training.data.negatives import NegativeSampler
 from training.data.samples import Moments
-
-# Moments are sorted by history length within windows of so many batches: a batch of short
-# histories is then as narrow as its longest one, and batches still come in random order.
-_WINDOW_BATCHES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +58,9 @@ class ClickLoader:
         n_negatives: int = 0,
         unknown_rate: float = 0.0,
     ) -> None:
-        self._log = log
+        self._histories = HistoryGatherer(log, catalogue, spec, unknown_rate=unknown_rate)
         self._moments = moments
         self._catalogue = catalogue
-        self._spec = spec
         self._batch_size = batch_size
         self._seed = seed
         self._negatives = negatives
@@ -96,24 +93,9 @@ class ClickLoader:
             yield self._gather(batches[number], rng, rank, world_size)
 
     def _batches(self, epoch: int, *, shuffle: bool) -> list[NDArray[np.int64]]:
-        order = np.arange(len(self._moments))
-        if not len(order):
-            return []
-        lengths = self._moments.ends - self._moments.starts
-        if not shuffle:
-            # Full windows would only cost memory here: sorting all by length is cheapest.
-            order = np.argsort(lengths, kind="stable")
-            return np.array_split(order, range(self._batch_size, len(order), self._batch_size))
-        rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(order)
-        batches: list[NDArray[np.int64]] = []
-        for start in range(0, len(order), self._batch_size * _WINDOW_BATCHES):
-            window = order[start : start + self._batch_size * _WINDOW_BATCHES]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            batches += np.array_split(
-                window, range(self._batch_size, len(window), self._batch_size)
-            )
-        return [batches[i] for i in rng.permutation(len(batches))]
+        moments = self._moments
+        rng = np.random.default_rng([self._seed, epoch]) if shuffle else None
+        return length_sorted_batches(moments.ends - moments.starts, self._batch_size, rng)
 
     def _gather(
         self, chosen: NDArray[np.int64], rng: np.random.Generator, rank: int, world_size: int
@@ -132,7 +114,12 @@ class ClickLoader:
         mask_BC = items_BC != PADDING_ITEM
         candidate_rows_BC = self._catalogue.rows(items_BC)
         candidate_rows_BC[hidden_BC[mine] & mask_BC] = UNKNOWN_ROW
-        history_rows_BL, buckets_BLG = self._histories(chosen, behavior_seed)
+        history_rows_BL, buckets_BLG = self._histories.gather(
+            self._moments.starts[chosen],
+            self._moments.ends[chosen],
+            self._moments.times[chosen],
+            behavior_seed,
+        )
         return ClickBatch(
             inputs=ModelInputs(
                 history_items=history_rows_BL,
@@ -167,31 +154,3 @@ class ClickLoader:
             None if moments.probabilities is None else moments.probabilities[index_BC]
         )
         return items_BC, labels_BC, probabilities_BC
-
-    def _histories(
-        self, chosen: NDArray[np.int64], behavior_seed: np.uint64
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        starts_B, ends_B = self._moments.starts[chosen], self._moments.ends[chosen]
-        longest = int((ends_B - starts_B).max()) if len(chosen) else 0
-        length = max(1, min(self._spec.history_length, longest))
-        index_BL = ends_B[:, None] + np.arange(-length, 0)
-        valid_BL = index_BL >= starts_B[:, None]
-        if not len(self._log.behaviors):
-            rows_BL = np.zeros(index_BL.shape, dtype=np.int64)
-            return rows_BL, np.zeros((*rows_BL.shape, len(self._spec.granularities)), np.int64)
-        records_BL = self._log.behaviors.take(index_BL, mode="clip")
-        rows_BL = self._catalogue.rows(np.where(valid_BL, records_BL["item"], PADDING_ITEM))
-        if self._unknown_rate:
-            hidden_BL = _hash_uniform(index_BL, behavior_seed) < self._unknown_rate
-            rows_BL[hidden_BL & valid_BL] = UNKNOWN_ROW
-        buckets_BLG = history_buckets(
-            records_BL["time"], valid_BL, self._moments.times[chosen], self._spec
-        )
-        return rows_BL, buckets_BLG
-
-
-def _hash_uniform(index: NDArray[np.int64], seed: np.uint64) -> NDArray[np.float64]:
-    """Return a number in [0, 1) for each index: the same in every process that shares a batch."""
-    bits = (index.astype(np.uint64) ^ seed) * np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

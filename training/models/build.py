@@ -8,11 +8,32 @@ from torch import Tensor, nn
 
 from contract.bundle import ScoreKind
 from contract.features import FeatureSpec
-from training.config import ImnConfig, ModelConfig, PopularityConfig, YouTubeDnnConfig
+from training.config import (
+    Bert4RecConfig,
+    FpmcConfig,
+    Gru4RecConfig,
+    HstuConfig,
+    ImnConfig,
+    LinRecConfig,
+    ModelConfig,
+    NextItemModelConfig,
+    PkmActConfig,
+    PopularityConfig,
+    SasRecConfig,
+    YouTubeDnnConfig,
+)
 from training.errors import ConfigError
+from training.models.bert4rec import BERT4Rec
 from training.models.encoder import ItemEncoder
+from training.models.fpmc import FPMC
+from training.models.gru4rec import GRU4Rec
+from training.models.hstu import HSTU
 from training.models.imn import IterativeMemoryNetwork
+from training.models.linrec import LinRec
+from training.models.next_item import NextItemModel
+from training.models.pkm_act import PkmAct
 from training.models.popularity import Popularity
+from training.models.sasrec import SASRec
 from training.models.youtube_dnn import YouTubeDNN
 
 
@@ -22,13 +43,14 @@ def build_model(
     *,
     item_counts: Tensor,
     category_of_row: Tensor | None,
+    n_users: int = 0,
     seed: int | None = None,
 ) -> nn.Module:
     """Return an untrained model for a catalogue of len(item_counts) rows.
 
     `item_counts`: int64 [rows], behaviors of each row in the training part. `category_of_row`:
-    int64 [rows], or None where the log has no categories. `seed` makes the weights reproducible
-    and leaves torch's generator as it was.
+    int64 [rows], or None where the log has no categories. `n_users`: of the log, for models with
+    user embeddings. `seed` makes the weights reproducible and leaves torch's generator as it was.
     """
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
@@ -54,12 +76,107 @@ def build_model(
             case PopularityConfig():
                 return Popularity(item_counts)
             case _:
-                assert_never(config)
+                return _build_next_item(config, spec, len(item_counts), n_users)
+
+
+def _build_next_item(
+    config: NextItemModelConfig, spec: FeatureSpec, n_rows: int, n_users: int
+) -> NextItemModel:
+    items = ItemEncoder(n_rows, config.embedding_dim)
+    match config:
+        case FpmcConfig():
+            return FPMC(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                user_factor=config.user_factor,
+                n_users=n_users,
+            )
+        case Gru4RecConfig():
+            return GRU4Rec(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                hidden_units=config.hidden_units,
+                n_layers=config.layers,
+                dropout=config.dropout,
+            )
+        case Bert4RecConfig():
+            return BERT4Rec(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                n_layers=config.layers,
+                n_heads=config.heads,
+                ffn_units=config.ffn_units,
+                dropout=config.dropout,
+                mask_rate=config.mask_rate,
+            )
+        case LinRecConfig():
+            return LinRec(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                n_layers=config.layers,
+                n_heads=config.heads,
+                ffn_units=config.ffn_units,
+                dropout=config.dropout,
+                causal=config.causal,
+            )
+        case HstuConfig():
+            return HSTU(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                n_layers=config.layers,
+                n_heads=config.heads,
+                dropout=config.dropout,
+                temperature=config.temperature,
+                time_bias=config.time_bias,
+                position_bias=config.position_bias,
+            )
+        case PkmActConfig():
+            return PkmAct(
+                items,
+                spec,
+                form=config.form,
+                embedding_dim=config.embedding_dim,
+                n_layers=config.layers,
+                n_heads=config.heads,
+                ffn_units=config.ffn_units,
+                dropout=config.dropout,
+                keys_per_side=config.keys_per_side,
+                n_experts=config.experts,
+                stride=config.stride,
+                chunk=config.chunk,
+                time_features=config.time_features,
+                query_network=config.query_network,
+                product_keys=config.product_keys,
+                dispatcher=config.dispatcher,
+            )
+        case SasRecConfig():
+            return SASRec(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                n_layers=config.layers,
+                n_heads=config.heads,
+                ffn_units=config.ffn_units,
+                dropout=config.dropout,
+                norm=config.norm,
+                positions=config.positions,
+                mask_padding=config.mask_padding,
+                n_users=n_users if config.user_embedding else 0,
+                user_dropout=config.user_dropout,
+            )
+        case _:
+            assert_never(config)
 
 
 def score_kind(config: ModelConfig) -> ScoreKind:
     """Return what the model's scores mean once they leave it."""
-    return "affinity" if isinstance(config, PopularityConfig) else "probability"
+    is_affinity = isinstance(config, PopularityConfig | NextItemModelConfig)
+    return "affinity" if is_affinity else "probability"
 
 
 def _items(

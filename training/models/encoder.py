@@ -1,4 +1,4 @@
-"""Embeddings that every click model shares: items, time buckets, positions.
+"""Embeddings that the models share: items, time buckets, positions.
 
 Shapes: B requests, C candidates, L history length, D embedding width, G time granularities.
 """
@@ -23,7 +23,7 @@ class ItemEncoder(nn.Module):
         self, n_rows: int, embedding_dim: int, category_of_row: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.items = _table(n_rows, embedding_dim, padding_idx=PADDING_ROW)
+        self.items = embedding_table(n_rows, embedding_dim, padding_idx=PADDING_ROW)
         self.categories: nn.Embedding | None = None
         if category_of_row is not None:
             if category_of_row.shape != (n_rows,):
@@ -32,7 +32,7 @@ class ItemEncoder(nn.Module):
                     f"got shape {tuple(category_of_row.shape)}"
                 )
             n_categories = int(category_of_row.max()) + 1
-            self.categories = _table(n_categories, embedding_dim, padding_idx=0)
+            self.categories = embedding_table(n_categories, embedding_dim, padding_idx=0)
             self.register_buffer("category_of_row", category_of_row)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -42,11 +42,19 @@ class ItemEncoder(nn.Module):
             embedded = embedded + self.categories(self.category_of_row[rows])
         return embedded
 
+    def table(self) -> Tensor:
+        """Return the embeddings [rows, D] of the whole catalogue."""
+        embedded: Tensor = self.items.weight
+        if self.categories is not None:
+            embedded = embedded + self.categories(self.category_of_row)
+        return embedded
+
 
 class HistoryEncoder(nn.Module):
     """e_j = item + time buckets + position of behavior j, exactly 0 for padding (IMN, section 3.1).
 
-    The items' table belongs to the caller, which embeds the candidates with it too.
+    The items' table belongs to the caller, which embeds the candidates with it too. Granularities
+    on a linear scale have no table and are not looked at.
     """
 
     def __init__(self, spec: FeatureSpec, embedding_dim: int) -> None:
@@ -54,9 +62,10 @@ class HistoryEncoder(nn.Module):
         self.history_length = spec.history_length
         # Rows oldest first: a shorter history takes the last ones, so that a behavior keeps its
         # position however long the row is that it stands in.
-        self.positions = _table(spec.history_length, embedding_dim)
+        self.positions = embedding_table(spec.history_length, embedding_dim)
+        self.scales = [g for g, one in enumerate(spec.granularities) if one.scale == "doubling"]
         self.buckets = nn.ModuleList(
-            _table(granularity.n_buckets, embedding_dim) for granularity in spec.granularities
+            embedding_table(spec.granularities[g].n_buckets, embedding_dim) for g in self.scales
         )
 
     def forward(
@@ -68,14 +77,17 @@ class HistoryEncoder(nn.Module):
             self.history_length - length
         )
         encoded_BLD: Tensor = items(history_items_BL) + self.positions(positions_L)
-        for g, table in enumerate(self.buckets):
+        for g, table in zip(self.scales, self.buckets, strict=True):
             encoded_BLD = encoded_BLD + table(history_buckets_BLG[:, :, g])
         return encoded_BLD * (history_items_BL != PADDING_ROW).unsqueeze(-1)
 
 
-def _table(n_rows: int, embedding_dim: int, padding_idx: int | None = None) -> nn.Embedding:
+def embedding_table(
+    n_rows: int, embedding_dim: int, padding_idx: int | None = None
+) -> nn.Embedding:
+    """Return a table of vectors of length about 1, exactly 0 at `padding_idx`."""
     table = nn.Embedding(n_rows, embedding_dim, padding_idx=padding_idx)
-    # Vectors of length 1: products of two embeddings then start large enough to be learned from.
+    # Products of two embeddings then start large enough to be learned from.
     nn.init.normal_(table.weight, std=embedding_dim**-0.5)
     if padding_idx is not None:
         with torch.no_grad():

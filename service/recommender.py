@@ -1,0 +1,276 @@
+"""Ranks the whole catalogue for one user at a time, block by block between the batches of /score.
+
+Every block is a run of the same graph with B = 1 request. The user's vector is computed anew in
+each: next to tens of thousands of candidates it costs little.
+
+Shapes: C items of a block, N items in general.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contract.catalogue import FIRST_ROW
+from contract.records import RECORD
+from service.errors import (
+    ClientLeft,
+    DeadlineExceededError,
+    NotRecommendableError,
+    OverloadedError,
+)
+from service.metrics import Metrics
+from service.scorer import BatchScorer, Prepared, ScoreRequest
+
+# Rows and their scores.
+_Best = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+_NONE = np.empty(0, dtype=np.int64)
+# The first run allocates; the second one tells what a block takes.
+_WARM_RUNS = 2
+# How much of a running mean the latest block is.
+_LATEST_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecommendRequest:
+    """The `k` best items for a user at `ranking_time` (unix seconds).
+
+    `exclude_seen`: without those that stand in the stored history.
+    """
+
+    user_id: str
+    k: int
+    exclude_seen: bool
+    ranking_time: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommended:
+    """Item ids int64 [N] and their scores float32 [N], best first, and where the time went.
+
+    `seconds`: by stage; `queue` is the waiting for the device, `infer` all runs together.
+    """
+
+    item_ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    history_length: int
+    degraded: bool
+    seconds: dict[str, float]
+
+
+class Recommender:
+    """The way of a catalogue to the device.
+
+    `lend`: gives the device for one block, of which it is told the expected seconds. `block_items`:
+    the most items of one run; all runs have one size, so that what was allocated is used again.
+    """
+
+    def __init__(
+        self,
+        scorer: BatchScorer,
+        *,
+        lend: Callable[[float], AbstractAsyncContextManager[None]],
+        block_items: int,
+        metrics: Metrics,
+    ) -> None:
+        self._scorer = scorer
+        self._catalogue = scorer.model.catalogue
+        self._lend = lend
+        self._metrics = metrics
+        n_items = len(self._catalogue)
+        self._n_blocks = -(-n_items // block_items)
+        self._block_items = -(-n_items // max(1, self._n_blocks))
+        # One request after the other: side by side, all of them would be late.
+        self._turn = asyncio.Lock()
+        self._n_inside = 0
+        # Running means of a block: on the device, and with the wait for it. 0 before the first.
+        self._run_s = 0.0
+        self._block_s = 0.0
+
+    async def warm_up(self) -> None:
+        """Run one block of a full history, where the model can recommend at all."""
+        if self._scorer.model.manifest.score_kind != "affinity" or not self._n_blocks:
+            return
+        features = self._scorer.model.manifest.features
+        nobody = Prepared(
+            history_items=np.zeros(features.history_length, dtype=np.int64),
+            history_buckets=np.zeros(
+                (features.history_length, len(features.granularities)), dtype=np.int64
+            ),
+            candidate_items=self._rows(0),
+            unknown_candidates=0,
+            degraded=False,
+            fetch_s=0.0,
+            encode_s=0.0,
+        )
+        for _ in range(_WARM_RUNS):
+            _, self._run_s = await self._scorer.run_alone(nobody)
+        self._block_s = self._run_s
+
+    async def recommend(
+        self,
+        request: RecommendRequest,
+        *,
+        deadline: float,
+        has_left: Callable[[], Awaitable[bool]],
+    ) -> Recommended:
+        """Return the best items of the catalogue; of equal scores the smaller item id comes first.
+
+        `deadline`: on the clock of `time.perf_counter`. `has_left`: asked before every block.
+
+        Raises NotRecommendableError for a model of click probabilities, OverloadedError at once
+        when the deadline cannot be met, DeadlineExceededError and ClientLeft between two blocks,
+        and what reading the history and running the model raise.
+        """
+        manifest = self._scorer.model.manifest
+        if manifest.score_kind != "affinity":
+            raise NotRecommendableError(
+                f"{manifest.model_name} gives the {manifest.score_kind} of a click on a candidate, "
+                "reading the history anew for each: a catalogue is ranked by models whose scores "
+                "are affinities"
+            )
+        self._refuse_what_cannot_be_met(deadline)
+        self._n_inside += 1
+        try:
+            return await self._recommend(request, deadline, has_left)
+        finally:
+            self._n_inside -= 1
+
+    async def _recommend(
+        self,
+        request: RecommendRequest,
+        deadline: float,
+        has_left: Callable[[], Awaitable[bool]],
+    ) -> Recommended:
+        user, records = await self._scorer.prepare_alone(
+            ScoreRequest(
+                user_id=request.user_id, candidates=_NONE, ranking_time=request.ranking_time
+            ),
+            whole=request.exclude_seen,
+        )
+        seen_rows = self._rows_of(records) if request.exclude_seen else _NONE
+        blocks: list[_Best] = []
+        waited_s = infer_s = 0.0
+        asked = time.perf_counter()
+        async with self._turn:
+            waited_s += time.perf_counter() - asked
+            for block in range(self._n_blocks):
+                await self._check_wanted(self._n_blocks - block, deadline, has_left)
+                began = time.perf_counter()
+                rows_C = self._rows(block)
+                async with self._lend(self._run_s):
+                    waited_s += time.perf_counter() - began
+                    scores_C, run_s = await self._scorer.run_alone(
+                        replace(user, candidate_items=rows_C)
+                    )
+                n_known = block * self._block_items - int(rows_C[0] - FIRST_ROW)
+                # Beside the event loop, which goes on with /score.
+                best = await asyncio.to_thread(
+                    _best_of_block, rows_C[n_known:], scores_C[n_known:], request.k, seen_rows
+                )
+                blocks.append(best)
+                infer_s += run_s
+                self._run_s = _mean(self._run_s, run_s)
+                self._block_s = _mean(self._block_s, time.perf_counter() - began)
+        rows_N, scores_N = _best_of_all(blocks, request.k)
+        return Recommended(
+            item_ids=self._catalogue.item_ids[rows_N - FIRST_ROW],
+            scores=scores_N,
+            history_length=len(user.history_items),
+            degraded=user.degraded,
+            seconds={
+                "fetch": user.fetch_s,
+                "encode": user.encode_s,
+                "infer": infer_s,
+                "queue": waited_s,
+            },
+        )
+
+    def _rows(self, block: int) -> NDArray[np.int64]:
+        """Return the rows [C] of a block.
+
+        The last one begins early enough to be as long as all others: what stands in the one before
+        too is scored twice.
+        """
+        first = min(block * self._block_items, len(self._catalogue) - self._block_items)
+        return np.arange(FIRST_ROW + first, FIRST_ROW + first + self._block_items)
+
+    def _rows_of(self, records: bytes) -> NDArray[np.int64]:
+        return self._catalogue.rows(np.frombuffer(records, dtype=RECORD)["item"])
+
+    def _refuse_what_cannot_be_met(self, deadline: float) -> None:
+        # Who finds nobody before him is taken whatever it takes: a prediction that has gone wrong
+        # must meet the truth again.
+        if not self._n_inside:
+            return
+        left_s = deadline - time.perf_counter()
+        predicted_s = (self._n_inside + 1) * self._n_blocks * self._block_s
+        if predicted_s > left_s:
+            self._metrics.dropped.labels("hopeless").inc()
+            raise OverloadedError(
+                f"the answer would take up to {1000 * predicted_s:.1f} ms, the deadline is in "
+                f"{1000 * left_s:.1f} ms"
+            )
+
+    async def _check_wanted(
+        self, n_blocks: int, deadline: float, has_left: Callable[[], Awaitable[bool]]
+    ) -> None:
+        if await has_left():
+            self._metrics.dropped.labels("client left").inc()
+            raise ClientLeft
+        predicted_s = n_blocks * self._block_s if self._n_inside > 1 else 0.0
+        if time.perf_counter() + predicted_s > deadline:
+            self._metrics.dropped.labels("deadline").inc()
+            raise DeadlineExceededError(
+                f"{n_blocks} of {self._n_blocks} blocks of the catalogue are not scored, and the "
+                "deadline cannot be met"
+            )
+
+
+def highest(scores_N: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Return the places of the `k` highest scores, ascending; all places where there are fewer.
+
+    Of equal scores the first are taken. Scores must not be NaN.
+
+    >>> highest(np.array([3.0, 1.0, 3.0, 2.0, 3.0], dtype=np.float32), 2).tolist()
+    [0, 2]
+    """
+    if k >= len(scores_N):
+        return np.arange(len(scores_N))
+    # argpartition alone would take any of those that equal the k-th.
+    kth = np.partition(scores_N, -k)[-k]
+    above = np.flatnonzero(scores_N > kth)
+    equal = np.flatnonzero(scores_N == kth)[: k - len(above)]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _best_of_block(
+    rows_C: NDArray[np.int64], scores_C: NDArray[np.float32], k: int, seen_rows: NDArray[np.int64]
+) -> _Best:
+    """Return the best of contiguous rows that are not among the seen, rows ascending."""
+    seen = seen_rows[(seen_rows >= rows_C[0]) & (seen_rows <= rows_C[-1])] - rows_C[0]
+    if seen.size:
+        scores_C = scores_C.copy()
+        scores_C[seen] = -np.inf
+    places = highest(scores_C, k)
+    places = places[scores_C[places] > -np.inf]
+    return rows_C[places], scores_C[places]
+
+
+def _best_of_all(blocks: Sequence[_Best], k: int) -> _Best:
+    """Return the best of all blocks, best first, and the smaller row first where they are equal."""
+    rows_N = np.concatenate([rows for rows, _ in blocks])
+    scores_N = np.concatenate([scores for _, scores in blocks])
+    places = highest(scores_N, k)
+    # Rows ascend from block to block, and a stable sort keeps them so.
+    places = places[np.argsort(-scores_N[places], kind="stable")]
+    return rows_N[places], scores_N[places]
+
+
+def _mean(mean: float, latest: float) -> float:
+    return mean + _LATEST_SHARE * (latest - mean) if mean else latest
