@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,7 @@ class Recommender:
         self._block_s = 0.0
 
     async def warm_up(self) -> None:
-        """Run one block of a full history, where the model can recommend at all."""
+        """Run a block as wide as a full history, where the model can recommend at all."""
         if self._scorer.model.manifest.score_kind != "affinity" or not self._n_blocks:
             return
         features = self._scorer.model.manifest.features
@@ -109,7 +110,7 @@ class Recommender:
             encode_s=0.0,
         )
         for _ in range(_WARM_RUNS):
-            _, self._run_s = await self._scorer.run_alone(nobody)
+            _, self._run_s = await self._scorer.run_alone(nobody, len)
         self._block_s = self._run_s
 
     async def recommend(
@@ -163,16 +164,18 @@ class Recommender:
                 await self._check_wanted(self._n_blocks - block, deadline, has_left)
                 began = time.perf_counter()
                 rows_C = self._rows(block)
+                pick = partial(
+                    _best_of_block,
+                    rows_C,
+                    first_row=FIRST_ROW + block * self._block_items,
+                    k=request.k,
+                    seen_rows=seen_rows,
+                )
                 async with self._lend(self._run_s):
                     waited_s += time.perf_counter() - began
-                    scores_C, run_s = await self._scorer.run_alone(
-                        replace(user, candidate_items=rows_C)
+                    best, run_s = await self._scorer.run_alone(
+                        replace(user, candidate_items=rows_C), pick
                     )
-                n_known = block * self._block_items - int(rows_C[0] - FIRST_ROW)
-                # Beside the event loop, which goes on with /score.
-                best = await asyncio.to_thread(
-                    _best_of_block, rows_C[n_known:], scores_C[n_known:], request.k, seen_rows
-                )
                 blocks.append(best)
                 infer_s += run_s
                 self._run_s = _mean(self._run_s, run_s)
@@ -250,16 +253,23 @@ def highest(scores_N: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def _best_of_block(
-    rows_C: NDArray[np.int64], scores_C: NDArray[np.float32], k: int, seen_rows: NDArray[np.int64]
+    rows_C: NDArray[np.int64],
+    scores_C: NDArray[np.float32],
+    *,
+    first_row: int,
+    k: int,
+    seen_rows: NDArray[np.int64],
 ) -> _Best:
-    """Return the best of contiguous rows that are not among the seen, rows ascending."""
-    seen = seen_rows[(seen_rows >= rows_C[0]) & (seen_rows <= rows_C[-1])] - rows_C[0]
-    if seen.size:
-        scores_C = scores_C.copy()
-        scores_C[seen] = -np.inf
-    places = highest(scores_C, k)
-    places = places[scores_C[places] > -np.inf]
-    return rows_C[places], scores_C[places]
+    """Return the best of contiguous rows, ascending: from `first_row` on, none of `seen_rows`."""
+    n_before = first_row - int(rows_C[0])
+    rows_N, scores_N = rows_C[n_before:], scores_C[n_before:]
+    seen_here = seen_rows[(seen_rows >= first_row) & (seen_rows <= rows_N[-1])]
+    if seen_here.size:
+        scores_N = scores_N.copy()
+        scores_N[seen_here - first_row] = -np.inf
+    places = highest(scores_N, k)
+    places = places[scores_N[places] > -np.inf]
+    return rows_N[places], scores_N[places]
 
 
 def _best_of_all(blocks: Sequence[_Best], k: int) -> _Best:

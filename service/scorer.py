@@ -7,10 +7,10 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from service.errors import (
 from service.history import HistoryStore
 from service.metrics import Metrics
 from service.model import Model
+
+PickedT = TypeVar("PickedT")
 
 _DEVICE_NICE = 5
 _NOT_FINITE = "the model gave a score that is not a finite number"
@@ -166,17 +168,17 @@ class BatchScorer:
             raise
         return one, history
 
-    async def run_alone(self, one: Prepared) -> tuple[NDArray[np.float32], float]:
-        """Score an encoded request in a run of its own; return scores [C] and its seconds.
+    async def run_alone(
+        self, one: Prepared, pick: Callable[[NDArray[np.float32]], PickedT]
+    ) -> tuple[PickedT, float]:
+        """Score an encoded request in a run of its own; return `pick` of its scores [C], and the
+        seconds of both.
 
-        Raises ModelFailedError unless all scores are finite.
+        `pick` runs in the device's thread, and not in the event loop: there may be many scores.
+        Raises ModelFailedError unless all of them are finite.
         """
         loop = asyncio.get_running_loop()
-        scores_BC, infer_s = await loop.run_in_executor(self._device, self._infer, [one])
-        scores_C = scores_BC[0, : len(one.candidate_items)]
-        if not np.isfinite(scores_C).all():
-            raise ModelFailedError(_NOT_FINITE)
-        return scores_C, infer_s
+        return await loop.run_in_executor(self._device, self._infer_alone, one, pick)
 
     async def run(self, batch: Sequence[Prepared]) -> list[Scored | ServiceError]:
         """Score encoded requests in one run of the model."""
@@ -262,6 +264,16 @@ class BatchScorer:
             for b, request in enumerate(requests)
         ]
         return encoded, encode_s
+
+    def _infer_alone(
+        self, one: Prepared, pick: Callable[[NDArray[np.float32]], PickedT]
+    ) -> tuple[PickedT, float]:
+        started = time.perf_counter()
+        scores_BC, _ = self._infer([one])
+        scores_C = scores_BC[0, : len(one.candidate_items)]
+        if not np.isfinite(scores_C).all():
+            raise ModelFailedError(_NOT_FINITE)
+        return pick(scores_C), time.perf_counter() - started
 
     def _infer(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.float32], float]:
         """Pad the batch to a shape of the model's and run it, in the device's thread."""

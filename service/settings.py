@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         "else.",
     )
     recommend_block_items: Annotated[int, Field(ge=1)] = Field(
-        default=65_536,
+        default=16_384,
         description="Items of the catalogue that a recommendation scores in one run; a batch of "
         "requests for scores waits for one such run at most.",
     )

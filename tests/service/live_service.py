@@ -111,7 +111,7 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def live_service(app: FastAPI, model: DummyModel) -> Iterator[LiveService]:
+def live_service(app: FastAPI, model: Any) -> Iterator[LiveService]:
     """Serve `app` from a thread until the block ends."""
     config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="on")
     server = uvicorn.Server(config)

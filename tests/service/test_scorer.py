@@ -190,6 +190,46 @@ class TestStages:
         assert scorer.prepared_size(one) == (2, min(max(1, n), HISTORY_LENGTH))
 
 
+class TestAlone:
+    """A request that joins no batch."""
+
+    @pytest.mark.parametrize("whole", [False, True], ids=["what the model reads", "all"])
+    async def test_its_records_are_told_and_the_newest_of_them_encoded(self, scorer, redis, whole):
+        stored = records(*steps(*range(1, 2 * HISTORY_LENGTH + 1)))
+        redis.set("history:ann", stored)
+        one, read = await scorer.prepare_alone(request("ann"), whole=whole)
+        assert read == (stored if whole else stored[-12 * HISTORY_LENGTH :])
+        (batched,) = await scorer.prepare([request("ann")])
+        np.testing.assert_array_equal(one.history_items, batched.history_items)
+        np.testing.assert_array_equal(one.history_buckets, batched.history_buckets)
+
+    async def test_it_is_scored_in_a_run_of_its_own_of_which_a_part_is_picked(self, scorer):
+        one, _ = await scorer.prepare_alone(request("ann", 3, 1, 2), whole=False)
+        picked, seconds = await scorer.run_alone(one, lambda scores_C: scores_C[1:].tolist())
+        assert picked == [score_of(1), score_of(2)]
+        assert seconds > 0
+
+    async def test_no_metric_of_batches_counts_it(self, scorer, metrics):
+        one, _ = await scorer.prepare_alone(request("ann"), whole=False)
+        await scorer.run_alone(one, len)
+        assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 0
+        for stage in ("fetch", "encode", "infer"):
+            count = "mneme_stage_seconds_count"
+            assert metrics.registry.get_sample_value(count, {"stage": stage}) == 0
+
+    async def test_a_score_that_is_no_number_is_never_picked_from(self, scorer, model):
+        model.answers_with = float("nan")
+        one, _ = await scorer.prepare_alone(request("ann"), whole=False)
+        with pytest.raises(ModelFailedError, match="not a finite number"):
+            await scorer.run_alone(one, len)
+
+    async def test_a_corrupt_history_is_raised_and_counted(self, scorer, redis, metrics):
+        redis.set("history:ann", records((0, NOW)))
+        with pytest.raises(CorruptHistoryError, match="an item id below 1"):
+            await scorer.prepare_alone(request("ann"), whole=True)
+        assert corrupt_count(metrics) == 1
+
+
 class TestRoundedShapes:
     async def test_a_batch_is_padded_to_a_shape_of_the_models(self, scorer, redis, model):
         """And each request still gets its own scores."""
