@@ -19,9 +19,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# make demo [DATA=<log>] [ONCE=1] [PORT=8000]
+# make demo [DATA=<log>] [MODEL=imn|sasrec|pkm_act] [ONCE=1] [PORT=8000]
 demo: install
-	@exec $(RUN) -m loadtest demo $(if $(DATA),--data '$(DATA)') $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
+	@exec $(RUN) -m loadtest demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data '$(DATA)') $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 test: install
 	$(RUN) -m pytest

@@ -41,9 +41,7 @@ class Granularity(BaseModel):
 # meets histories that a spec with smaller tables asks for.
 HOURS = Granularity(name="hours", unit_s=HOUR_S, n_buckets=22)
 DAYS = Granularity(name="days", unit_s=DAY_S, n_buckets=17)
-AGE_SECONDS = Granularity(
-    name="age_seconds", unit_s=1, n_buckets=MAX_ELAPSED_UNITS, scale="linear"
-)
+AGE_SECONDS = Granularity(name="age_seconds", unit_s=1, n_buckets=MAX_ELAPSED_UNITS, scale="linear")
 
 
 class FeatureSpec(BaseModel):

@@ -28,6 +28,7 @@ from exporter.precision import (
     measured_tolerance,
 )
 from training.checkpoint import TrainedModel, load_model
+from training.config import NextItemModelConfig
 from training.data.log import PreparedLog
 from training.folders import staged_folder
 from training.models.build import Scorer
@@ -148,6 +149,11 @@ def _open_log(
 ) -> PreparedLog:
     if precision == "fp32":
         raise ExportError("a log is for measuring tf32 or fp16: fp32 has nothing to compare with")
+    if isinstance(trained.config.model, NextItemModelConfig):
+        raise ExportError(
+            f"a log is for measuring the AUC of click models: {trained.config.model.name} is a "
+            "next-item model"
+        )
     prepared = PreparedLog(log)
     if (found := prepared.header.fingerprint) != trained.data_fingerprint:
         raise ExportError(

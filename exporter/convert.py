@@ -35,6 +35,9 @@ def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
             _quiet("torch.onnx"),
             _quiet("onnxscript"),
             recurrences_as_operators(),
+            # With gradients, attention may be traced as a kernel that writes its output in another
+            # order than the one it is written down as.
+            torch.no_grad(),
         ):
             # torch warns of its own deprecations while it exports
             warnings.simplefilter("ignore")

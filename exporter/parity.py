@@ -30,7 +30,9 @@ _CANDIDATES = (1, 10, 500)
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRow:
-    """The largest difference of a score, absolute up to 1 and relative above, at one shape."""
+    """The largest difference of a score at one shape, in units of the largest score or of 1,
+    whichever is more: a score near 0 is a sum of terms as large as the others.
+    """
 
     batch_size: int
     length: int
@@ -77,8 +79,8 @@ def prove_values(
     seed: int = 0,
 ) -> list[ParityRow]:
     """Compare a graph, or a variant of the model, with the model over a grid of shapes, empty and
-    full histories, unknown items; raise ValueMismatchError at the first difference (relative
-    above 1) above `tolerance`.
+    full histories, unknown items; raise ValueMismatchError at the first difference (see
+    ParityRow) above `tolerance`.
     """
     rng = np.random.default_rng(seed)
     return [
@@ -134,7 +136,7 @@ def _compare(
     shape = f"B={batch_size}, L={length}, C={inputs.candidate_items.shape[1]}"
     if found.shape != expected.shape:
         raise ValueMismatchError(f"at {shape}: graph gives {found.shape}, model {expected.shape}")
-    difference = float((np.abs(found - expected) / np.maximum(1.0, np.abs(expected))).max())
+    difference = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
     if not difference <= tolerance:  # written so that NaN fails too
         raise ValueMismatchError(
             f"at {shape}: scores differ by {difference:.2e}, allowed are {tolerance:.0e}"

@@ -11,7 +11,7 @@ from loadtest.benchmarks import http_rate, overhead, overload, race
 from loadtest.benchmarks.engine import run_engine, run_length, run_soak
 from loadtest.benchmarks.stand import StandError
 from loadtest.bundles import BundleError
-from loadtest.demo import DemoError, DemoOptions, run_demo
+from loadtest.demo import CASTS, DemoError, DemoOptions, run_demo
 from loadtest.open_loop import LoadError
 from loadtest.peers.install import PEERS
 from loadtest.redis_server import RedisServerError
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("demo", help="a log becomes scores over HTTP, in one command")
     one.add_argument("--data", type=Path, help="a behavior log; a synthetic one unless given")
+    one.add_argument("--model", choices=sorted(CASTS), default="imn", help="which is served")
     one.add_argument("--folder", type=Path, default=Path("demo"), help="where all files go")
     one.add_argument("--once", action="store_true", help="end after the scores")
     one.add_argument(
@@ -116,7 +117,13 @@ def _world(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     run_demo(
-        DemoOptions(log=options.data, folder=options.folder, once=options.once, port=options.port)
+        DemoOptions(
+            log=options.data,
+            model=options.model,
+            folder=options.folder,
+            once=options.once,
+            port=options.port,
+        )
     )
     return 0
 

@@ -31,7 +31,41 @@ _SHOWN_USERS = 3
 _SHOWN_CANDIDATES = 6
 # The demo's machine may be busy with anything; it is not what the deadline is there for.
 _DEADLINE_MS = "5000"
-_BASELINES = ("popularity", "youtube-dnn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cast:
+    """Who plays in a demo: models that train first, and the one that is served, named as the run
+    files are, on a small synthetic log and on a real one; and the metric that compares them.
+    """
+
+    baselines: tuple[str, ...]
+    served: str
+    served_real: str
+    metric: str
+    title: str
+
+
+_NEXT_ITEM_TITLE = "test NDCG@10 in the full ranking"
+CASTS: dict[str, _Cast] = {
+    "imn": _Cast(
+        baselines=("popularity", "youtube-dnn"),
+        served="imn-3p",
+        served_real="imn-3p-plus",
+        metric="auc",
+        title="test AUC",
+    ),
+    **{
+        model: _Cast(
+            baselines=("fpmc",),
+            served=model.replace("_", "-"),
+            served_real=model.replace("_", "-"),
+            metric="full_ndcg10",
+            title=_NEXT_ITEM_TITLE,
+        )
+        for model in ("sasrec", "pkm_act")
+    },
+}
 
 
 class DemoError(RuntimeError):
@@ -41,11 +75,12 @@ class DemoError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """`log`: a behavior log, None for a synthetic one. `folder`: where all files go, emptied
-    first. `once`: end after the scores instead of serving on. `port`: of the
+    first. `model`: one of CASTS. `once`: end after the scores instead of serving on. `port`: of the
     service, 0 for any that is free.
     """
 
     log: Path | None
+    model: str
     folder: Path
     once: bool
     port: int
@@ -58,10 +93,11 @@ def run_demo(options: DemoOptions) -> None:
     with ExitStack() as stack:
         log = options.log or _synthetic_log(options.folder)
         prepared = options.folder / "log"
-        scale, served = ("demo", "imn-3p") if options.log is None else ("real", "imn-3p-plus")
+        cast = CASTS[options.model]
+        scale, served = ("demo", cast.served) if options.log is None else ("real", cast.served_real)
         k_core = [] if options.log is None else ["--min-interactions", "5"]
         _step("training", "prepare", log, prepared, *k_core)
-        for model in (*_BASELINES, served):
+        for model in (*cast.baselines, served):
             _step("training", "train", f"{scale}-{model}", prepared, options.folder / model)
         bundle = options.folder / "bundle"
         _step("exporter", options.folder / served / "model.pt", bundle)
@@ -72,7 +108,7 @@ def run_demo(options: DemoOptions) -> None:
         environment = {**os.environ, "REDIS_URL": redis_url, "MNEME_BUNDLE": str(bundle)}
         _step("service", "backfill", prepared, environment=environment)
         service, url = stack.enter_context(_service(environment, options.port))
-        _print_aucs(options.folder, served)
+        _print_metrics(options.folder, cast, served)
         with httpx.Client(base_url=url, headers={"X-Deadline-Ms": _DEADLINE_MS}) as client:
             _show_scores(client, HistoryLog(prepared), np.load(bundle / "catalogue.npy"))
         if not options.once:
@@ -139,12 +175,12 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _print_aucs(folder: Path, served: str) -> None:
+def _print_metrics(folder: Path, cast: _Cast, served: str) -> None:
     """Print the test metrics of the models that this run trained."""
-    tests = {model: _test_metrics(folder / model) for model in (*_BASELINES, served)}
-    print("\ntest AUC, trained in this run")
+    tests = {model: _test_metrics(folder / model) for model in (*cast.baselines, served)}
+    print(f"\n{cast.title}, trained in this run")
     for model, metrics in tests.items():
-        print(f"  {model:14s}{metrics['auc']:.4f}")
+        print(f"  {model:14s}{metrics[cast.metric]:.4f}")
     ceiling = tests[served].get("ceiling_auc")
     if ceiling is not None:
         print(f"  {'ceiling':14s}{ceiling:.4f}  (the true click probabilities themselves)")
@@ -170,9 +206,22 @@ def _show_scores(client: httpx.Client, log: HistoryLog, catalogue: np.ndarray[An
             f"\nPOST /score  user {user_id}, scored by {scored['history_length']} behaviors "
             f"with {scored['version']}\n  {answer.headers['Server-Timing']}"
         )
+        is_probability = scored["score_kind"] == "probability"
         ranked = sorted(zip(scored["scores"], candidates, strict=True), reverse=True)
         for score, item in ranked:
-            print(f"  item {item:<16d}{score:.4f}  {'#' * round(40 * score)}")
+            bar = "#" * round(40 * score) if is_probability else ""
+            print(f"  item {item:<16d}{score:.4f}  {bar}".rstrip())
+        if not is_probability:
+            _show_recommendations(client, user_id)
+
+
+def _show_recommendations(client: httpx.Client, user_id: str) -> None:
+    question = {"user_id": user_id, "k": _SHOWN_CANDIDATES, "exclude_seen": True}
+    answer = client.post("/recommend", json=question)
+    if not answer.is_success:
+        raise DemoError(f"POST /recommend: {answer.status_code} {answer.text}")
+    items = ", ".join(str(item) for item in answer.json()["item_ids"])
+    print(f"POST /recommend  user {user_id}, the best of all items: {items}")
 
 
 def _empty(folder: Path) -> None:

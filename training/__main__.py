@@ -1,24 +1,30 @@
-"""`python -m training prepare | train | evaluate`."""
+"""`python -m training prepare | train | evaluate | autoregress | compare`."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
 from contract.errors import ContractError
-from training.checkpoint import load_model
+from training.autoregression import autoregress
+from training.checkpoint import TrainedModel, load_model
+from training.comparison.page import write_comparison
 from training.config import RunConfig, load_config
 from training.data.log import PreparedLog
+from training.data.next_item_data import open_next_item_data
 from training.data.prepare import PrepareOptions, prepare
 from training.data.readers import FORMATS, LogSource
 from training.data.splits import Part
 from training.distributed import join_workers
 from training.errors import ConfigError, TrainingError
+from training.models.next_item import NextItemModel
 from training.tasks import open_task
 from training.trainer import MODEL, train
 
 NAMED_RUNS = Path(__file__).parent / "runs"
+_SHOWN = ("ndcg10", "hr10")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,6 +86,22 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("log", type=Path, help="the prepared log it was trained on")
     one.add_argument("--part", choices=[part.name.lower() for part in Part], default="test")
     one.set_defaults(run=_evaluate)
+
+    one = commands.add_parser("autoregress", help="rankings after a model's own predictions")
+    one.add_argument("model", type=Path, help="model.pt of a run folder")
+    one.add_argument("log", type=Path, help="the prepared log it was trained on")
+    one.add_argument("--steps", type=int, default=5, help="at most the run's data.holdout_steps")
+    one.set_defaults(run=_autoregress)
+
+    one = commands.add_parser("compare", help="finished runs of next-item models to two pages")
+    one.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
+    one.add_argument("--log", type=Path, required=True, help="the prepared log of all runs")
+    one.add_argument("--page", type=Path, required=True, help="Markdown; figures go beside it")
+    one.add_argument("--html", type=Path, required=True, help="one page with plots")
+    one.add_argument("--data", default="ml1m", metavar="NAME", help="the log's name in figures")
+    one.add_argument("--costs", action="store_true", help="time and memory over L; takes minutes")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --costs")
+    one.set_defaults(run=_compare)
     return parser
 
 
@@ -128,14 +150,61 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    trained = load_model(options.model)
-    log = PreparedLog(options.log)
-    if log.header.fingerprint != trained.data_fingerprint:
-        raise ConfigError(f"{options.model} was trained on another log than {options.log}")
+    trained, log = _model_with_log(options)
     task = open_task(log, trained.config)
     metrics = task.evaluate(trained.model, Part[options.part.upper()], torch.device("cpu"))
     _print_metrics(f"{trained.config.name}, {options.part}", metrics)
     return 0
+
+
+def _autoregress(options: argparse.Namespace) -> int:
+    trained, log = _model_with_log(options)
+    if not isinstance(trained.model, NextItemModel):
+        raise ConfigError(f"{options.model}: {trained.config.model.name} predicts no next item")
+    data = open_next_item_data(log, trained.config)
+    steps = autoregress(trained.model, data, options.steps, torch.device("cpu"))
+    print(f"{trained.config.name}, {len(data.held_out[Part.TEST]):,} users")
+    print(f"{'':6}{'own predictions':>20}{'true behaviors':>20}")
+    print(f"{'step':6}" + f"{'NDCG@10':>10}{'HR@10':>10}" * 2)
+    for one in steps:
+        figures = [form[name] for form in (one.fed_back, one.teacher_forced) for name in _SHOWN]
+        print(f"{one.step:<6}" + "".join(f"{figure:10.4f}" for figure in figures))
+    return 0
+
+
+def _model_with_log(options: argparse.Namespace) -> tuple[TrainedModel, PreparedLog]:
+    trained = load_model(options.model)
+    log = PreparedLog(options.log)
+    if log.header.fingerprint != trained.data_fingerprint:
+        raise ConfigError(f"{options.model} was trained on another log than {options.log}")
+    return trained, log
+
+
+def _compare(options: argparse.Namespace) -> int:
+    write_comparison(
+        options.runs,
+        PreparedLog(options.log),
+        page=options.page,
+        html=options.html,
+        data=options.data,
+        command=_command(options),
+        costs=options.costs,
+        device=torch.device(options.device),
+    )
+    print(f"{options.page}, {options.page.with_suffix('.json')}, {options.html}")
+    return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command as it is shown: of absolute paths, which are a machine's own, the end."""
+    words = ["python", "-m", "training", "compare", *options.runs]
+    words += ["--log", options.log, "--page", options.page, "--html", options.html]
+    words += ["--data", options.data]
+    if options.costs:
+        words += ["--costs", "--device", options.device]
+    return shlex.join(
+        word.name if isinstance(word, Path) and word.is_absolute() else str(word) for word in words
+    )
 
 
 def _config(name: str, overrides: tuple[str, ...]) -> RunConfig:

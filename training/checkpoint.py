@@ -45,12 +45,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A checkpoint of a run that goes on."""
+    """A checkpoint of a run that goes on. `auxiliary`: of what is trained beside the model."""
 
     config: dict[str, Any]
     data_fingerprint: str
     progress: Progress
     model: dict[str, Tensor]
+    auxiliary: dict[str, Tensor]
     best_model: dict[str, Tensor]
     optimizer: dict[str, Any]
 

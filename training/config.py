@@ -3,9 +3,9 @@
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from contract.features import FeatureSpec
 from training.data.negatives import NegativeSampling
@@ -16,10 +16,24 @@ from training.ranking import Protocol
 Positive = Annotated[int, Field(ge=1)]
 Units = Annotated[tuple[Positive, ...], Field(max_length=8)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _AttentionSettings(_Settings):
+    embedding_dim: int
+    heads: int
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.embedding_dim % self.heads:
+            raise ValueError(
+                f"heads: {self.heads} of them do not divide embedding_dim = {self.embedding_dim}"
+            )
+        return self
 
 
 class ImnConfig(_Settings):
@@ -71,11 +85,12 @@ class Gru4RecConfig(_Settings):
     dropout: Rate = 0.3
 
 
-class SasRecConfig(_Settings):
+class SasRecConfig(_AttentionSettings):
     """SASRec, and its revision: see `training.models.sasrec`.
 
     `user_embedding`: one embedding a user, added to the user vector. `codes`: break item ids into
-    so many codes of `codebook_size` each; 0 keeps one embedding an item.
+    so many codes of `codebook_size` each, the last of which tells apart items that share all
+    others; 0 keeps one embedding an item. `quantisation`: see `training.models.item_codes`.
     """
 
     name: Literal["sasrec"]
@@ -89,9 +104,23 @@ class SasRecConfig(_Settings):
     mask_padding: bool = True
     user_embedding: bool = False
     user_dropout: Rate = 0.5
+    codes: Annotated[int, Field(ge=0, le=32)] = 0
+    codebook_size: Positive = 64
+    quantisation: Literal["product", "residual"] = "product"
+
+    @model_validator(mode="after")
+    def _codes_make_vectors(self) -> "SasRecConfig":
+        if self.codes == 1:
+            raise ValueError("codes: the last one only tells items apart, so 1 leaves none to fit")
+        if self.codes and self.quantisation == "product" and self.embedding_dim % self.codes:
+            raise ValueError(
+                f"codes: {self.codes} of them do not divide embedding_dim = {self.embedding_dim}, "
+                "as quantisation = 'product' asks for"
+            )
+        return self
 
 
-class Bert4RecConfig(_Settings):
+class Bert4RecConfig(_AttentionSettings):
     """BERT4Rec. `mask_rate`: share of behaviors hidden in training."""
 
     name: Literal["bert4rec"]
@@ -103,7 +132,7 @@ class Bert4RecConfig(_Settings):
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
-class LinRecConfig(_Settings):
+class LinRecConfig(_AttentionSettings):
     """LinRec. `causal`: each position sees what came before it only; the published form sees all,
     and is trained on the last position alone.
     """
@@ -117,7 +146,7 @@ class LinRecConfig(_Settings):
     causal: bool = False
 
 
-class HstuConfig(_Settings):
+class HstuConfig(_AttentionSettings):
     """HSTU. `time_bias`, `position_bias`: which parts the relative attention bias has."""
 
     name: Literal["hstu"]
@@ -130,7 +159,7 @@ class HstuConfig(_Settings):
     position_bias: bool = True
 
 
-class PkmActConfig(_Settings):
+class PkmActConfig(_AttentionSettings):
     """PKM-ACT, or its causal form: see `training.models.pkm_act`.
 
     `keys_per_side`: n, of K = n x n experts; `experts`: k, retrieved for a user in each layer.
@@ -155,6 +184,18 @@ class PkmActConfig(_Settings):
     product_keys: bool = True
     dispatcher: bool = True
 
+    @model_validator(mode="after")
+    def _keys_hold_the_experts(self) -> Self:
+        if self.product_keys and self.experts > self.keys_per_side:
+            raise ValueError(
+                f"experts: {self.experts} are more than keys_per_side = {self.keys_per_side}"
+            )
+        if self.product_keys and self.embedding_dim % 2:
+            raise ValueError(
+                f"embedding_dim: product keys need an even one, got {self.embedding_dim}"
+            )
+        return self
+
 
 NextItemModelConfig = (
     FpmcConfig
@@ -177,7 +218,8 @@ class DataConfig(_Settings):
     `samples`: the log's labelled impressions, or each behavior with `n_negatives` sampled ones;
     "auto" takes impressions where the log has labels. `min_item_count`: items that were chosen and
     shown less often in the training part are unknown items. `max_candidates`: of one moment.
-    `unknown_rate`: share of items shown as unknown in training.
+    `unknown_rate`: share of items shown as unknown in training. `holdout_steps`: behaviors that
+    leave-one-out holds out for the test; the first is *the* test, the others are for `autoregress`.
     """
 
     split: SplitName = "time"
@@ -189,6 +231,7 @@ class DataConfig(_Settings):
     max_candidates: Positive = 32
     min_item_count: Positive = 1
     unknown_rate: Annotated[float, Field(ge=0, lt=1)] = 0.002
+    holdout_steps: Positive = 1
 
 
 class NextItemConfig(_Settings):
@@ -202,7 +245,10 @@ class NextItemConfig(_Settings):
     user an epoch holds; 0 takes all. `rows`: of a history longer than the model reads, the newest
     part, or all of it in parts. `same_length`: a batch holds rows of one length only, without
     padding. `protocols`: rankings reported on the test part; the first is also the one that
-    validation watches. `n_ranked`: negatives of a sampled protocol.
+    validation watches. `n_ranked`: negatives of a sampled protocol. `dual_weight`: of the loss of
+    the next user of an item, learned beside the next item of a user; `consistency_weight`: of 1 -
+    cosine between an item's vector and what its users make of it; `consistency_stop`: which of the
+    two does not follow the other (see `training.models.dual`; SASRec only; 0 leaves a loss out).
     """
 
     loss: Literal["softmax", "sampled_softmax", "bce", "bpr"] = "softmax"
@@ -219,6 +265,9 @@ class NextItemConfig(_Settings):
         "pop100_history_excluded",
     )
     n_ranked: Positive = 100
+    dual_weight: Weight = 0.0
+    consistency_weight: Weight = 0.0
+    consistency_stop: Literal["none", "own", "rebuilt"] = "none"
 
 
 class TrainConfig(_Settings):
@@ -228,7 +277,8 @@ class TrainConfig(_Settings):
     `batch_size`: moments, or rows, in a step, over all processes. `patience`: validations without
     a better one before training stops. `validate_every`: epochs from one validation to the next.
     `max_train_s`: seconds of training, measured on this machine, after which the running epoch is
-    the last; 0 sets no limit. `precision`: of matrix products in training. `checkpoint_every_s`: seconds between checkpoints.
+    the last; 0 sets no limit. `precision`: of matrix products in training. `checkpoint_every_s`:
+    seconds between checkpoints.
     """
 
     seed: Annotated[int, Field(ge=0)] = 1

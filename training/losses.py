@@ -95,7 +95,7 @@ class NextItemLoss:
 
 def softmax_loss(targets: Targets, item_table_RD: Tensor) -> Tensor:
     """Return the cross-entropy over the whole catalogue; padding is no item."""
-    loss: Tensor = _LinearCrossEntropy.apply(
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         targets.vectors, item_table_RD[PADDING_ROW + 1 :], targets.rows - (PADDING_ROW + 1)
     )
     return loss
@@ -109,9 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, vectors_ND: Tensor, table_RD: Tensor, rows_N: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, vectors_ND: Tensor, table_RD: Tensor, rows_N: Tensor) -> Tensor:
         # Products may be of fewer bits, as autocast says; sums and exponentials are float32.
         device = vectors_ND.device.type
         dtype = (
@@ -140,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
         vectors_grad, table_grad = ctx.saved_tensors
         return vectors_grad * scale, table_grad * scale, None
 

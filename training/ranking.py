@@ -38,28 +38,27 @@ def rank_in_catalogue(
     """
     targets_B1 = targets_B[:, None]
     target_scores_B1 = scores_BR.gather(1, targets_B1)
-    rivals_BR = scores_BR >= target_scores_B1
+    # Not "at least": a score that is no number counts against the target, whosever it is.
+    rivals_BR = ~(scores_BR < target_scores_B1)
     if excluded_BL is not None:
         rivals_BR.scatter_(1, excluded_BL, value=False)
     rivals_BR.scatter_(1, targets_B1, value=False)
     ranks_B = rivals_BR[:, FIRST_ROW:].sum(dim=1) + 1
     last = scores_BR.shape[1] - FIRST_ROW + 1
-    unranked_B = (targets_B < FIRST_ROW) | torch.isnan(target_scores_B1[:, 0])
-    return ranks_B.masked_fill(unranked_B, last)
+    return ranks_B.masked_fill(targets_B < FIRST_ROW, last)
 
 
 def rank_among(scores_BR: Tensor, targets_B: Tensor, negatives_BN: Tensor) -> Tensor:
     """Return the rank int64 [B] of each target among negatives, from 1; ties count against.
 
-    `negatives_BN`: rows, 0 where there is none. A target that the catalogue does not know, or
-    whose score is not a number, ranks last.
+    `negatives_BN`: rows, 0 where there is none. A target that the catalogue does not know ranks
+    last.
     """
     target_scores_B1 = scores_BR.gather(1, targets_B[:, None])
     real_BN = negatives_BN != 0
-    beaten_BN = (scores_BR.gather(1, negatives_BN) >= target_scores_B1) & real_BN
-    unranked_B = (targets_B < FIRST_ROW) | torch.isnan(target_scores_B1[:, 0])
+    rivals_BN = ~(scores_BR.gather(1, negatives_BN) < target_scores_B1) & real_BN
     last_B = real_BN.sum(dim=1) + 1
-    return torch.where(unranked_B, last_B, beaten_BN.sum(dim=1) + 1)
+    return torch.where(targets_B < FIRST_ROW, last_B, rivals_BN.sum(dim=1) + 1)
 
 
 def draw_negatives(

@@ -44,22 +44,21 @@ def _curves(epochs: list[dict[str, Any]], metric: str) -> str:
     """Return loss and the validation metric by epoch as one inline SVG."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss_axes, metric_axes = figure.subplots(1, 2)
+    # Not every epoch is; the last one always.
+    validated = [line for line in epochs if metric in line]
     numbers = [line["epoch"] + 1 for line in epochs]
+    validated_numbers = [line["epoch"] + 1 for line in validated]
     loss_axes.plot(numbers, [line["train_loss"] for line in epochs], marker="o", label="training")
-    if "log_loss" in epochs[0]:
-        losses = [line["log_loss"] for line in epochs]
-        loss_axes.plot(numbers, losses, marker="o", label="validation")
+    if "log_loss" in validated[0]:
+        losses = [line["log_loss"] for line in validated]
+        loss_axes.plot(validated_numbers, losses, marker="o", label="validation")
     loss_axes.set(xlabel="epoch", title="loss")
     loss_axes.legend()
-    validated = [line for line in epochs if metric in line]
     metric_axes.plot(
-        [line["epoch"] + 1 for line in validated],
-        [line[metric] for line in validated],
-        marker="o",
-        label="validation",
+        validated_numbers, [line[metric] for line in validated], marker="o", label="validation"
     )
-    if "ceiling_auc" in epochs[0]:
-        metric_axes.axhline(epochs[0]["ceiling_auc"], linestyle="--", label="ceiling")
+    if "ceiling_auc" in validated[0]:
+        metric_axes.axhline(validated[0]["ceiling_auc"], linestyle="--", label="ceiling")
         metric_axes.legend()
     metric_axes.set(xlabel="epoch", title="AUC" if metric == "auc" else metric)
     for axes in (loss_axes, metric_axes):

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from contract.catalogue import Catalogue
-from training.config import NextItemModelConfig, RunConfig
+from training.config import NextItemModelConfig, RunConfig, SasRecConfig
 from training.data.click_data import open_click_data
 from training.data.loader import ClickBatch
 from training.data.log import PreparedLog
-from training.data.next_item_data import open_next_item_data
-from training.data.sequences import SequenceBatch
+from training.data.next_item_data import NextItemData, open_next_item_data
+from training.data.sequences import NO_TARGET, SequenceBatch
 from training.data.splits import Part
+from training.errors import ConfigError, TrainingError
 from training.evaluation import evaluate, to_tensors
 from training.losses import NextItemLoss, Targets
 from training.models.build import build_model, score_kind
+from training.models.dual import DualTask, UserSequences
+from training.models.item_codes import fit_codes, item_factors
 from training.models.next_item import NextItemModel
 from training.next_item_evaluation import RankingEvaluation
 
@@ -50,6 +53,10 @@ class Task(Protocol):
     n_users: int
     model: nn.Module
     """As yet untrained."""
+
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        """Return what the loss trains beside the model, and no model keeps."""
 
     def n_samples(self, epoch: int) -> int:
         """Return the samples of one epoch."""
@@ -84,6 +91,7 @@ class ClickTask:
     """BCE on shown, or sampled, candidates; validation watches the AUC."""
 
     metric = "auc"
+    auxiliary = None
 
     def __init__(self, log: PreparedLog, config: RunConfig) -> None:
         self._kind = score_kind(config.model)
@@ -135,10 +143,13 @@ class NextItemTask:
         self.item_counts = self.data.item_counts
         self.category_of_row = self.data.category_of_row
         self.n_users = log.header.n_users
-        self.model = _build(self, config)
+        self.model = _build(self, config, _item_codes(self.data, config))
         assert isinstance(self.model, NextItemModel)
         self._train = self.data.training_loader(whole_rows=self.model.learns_whole_rows)
+        if not self._train.n_samples(0):
+            raise TrainingError("no user has two behaviors in the training part: nothing is next")
         self._loss = NextItemLoss(settings, self.item_counts)
+        self.auxiliary = _dual_task(self.data, config)
         self._evaluations = {
             part: RankingEvaluation(
                 self.data.held_out[part],
@@ -160,7 +171,7 @@ class NextItemTask:
         return self._train.epoch(epoch, first_batch=first_batch, rank=rank, world_size=world_size)
 
     def loss(self, model: nn.Module, batch: SequenceBatch, device: torch.device) -> Tensor:
-        """Return the loss of the next item."""
+        """Return the loss of the next item, and of the dual task where the run asks for it."""
         assert isinstance(model, NextItemModel)
         items, buckets, targets, users = (
             torch.from_numpy(array).to(device, non_blocking=True)
@@ -174,11 +185,24 @@ class NextItemTask:
             own=torch.cat([items, targets[:, -1:]], dim=1),
         )
         n_learned = batch.n_samples * model.target_share
-        return self._loss(learned, model.item_table()) / max(n_learned, 1.0)
+        loss = self._loss(learned, model.item_table()) / max(n_learned, 1.0)
+        if self.auxiliary is not None:
+            # A mean of its own in every process, which counts as much as the process' targets do.
+            share = int((batch.targets != NO_TARGET).sum()) / max(batch.n_samples, 1)
+            drawn = self.auxiliary.draw(len(batch.users))
+            loss = loss + share * self.auxiliary(model, drawn)
+        return loss
 
     def evaluate(self, model: nn.Module, part: Part, device: torch.device) -> dict[str, float]:
-        """Return NDCG, HR and MRR, each under its protocol's name."""
+        """Return NDCG, HR and MRR, each under its protocol's name.
+
+        Raises ConfigError for the training part.
+        """
         assert isinstance(model, NextItemModel)
+        if part not in self._evaluations:
+            raise ConfigError(
+                f"a next-item model is ranked on its valid or test part, not on {part.name.lower()}"
+            )
         return self._evaluations[part].metrics(model, device)
 
     def save_evaluation(self, folder: Path) -> None:
@@ -197,6 +221,7 @@ class TrainingStep(nn.Module):
     def __init__(self, model: nn.Module, task: Task, *, bf16: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.auxiliary = task.auxiliary
         self.task = task
         self.bf16 = bf16
 
@@ -206,12 +231,67 @@ class TrainingStep(nn.Module):
             return self.task.loss(self.model, batch, device)
 
 
-def _build(task: ClickTask | NextItemTask, config: RunConfig) -> nn.Module:
+def _item_codes(data: NextItemData, config: RunConfig) -> Tensor | None:
+    model, seed = config.model, config.train.seed
+    if not (isinstance(model, SasRecConfig) and model.codes):
+        return None
+    choices = data.training_choices()
+    factors_RF = item_factors(choices.users, choices.rows, n_rows=data.catalogue.n_rows, seed=seed)
+    return fit_codes(
+        factors_RF,
+        codes=model.codes,
+        codebook_size=model.codebook_size,
+        quantisation=model.quantisation,
+        seed=seed,
+    )
+
+
+def _dual_task(data: NextItemData, config: RunConfig) -> DualTask | None:
+    settings = config.next_item
+    if not (settings.dual_weight or settings.consistency_weight):
+        return None
+    if not isinstance(config.model, SasRecConfig):
+        raise ConfigError(
+            f"next_item.dual_weight, next_item.consistency_weight: for model.name = 'sasrec' only, "
+            f"got {config.model.name!r}"
+        )
+    choices = data.training_choices()
+    sequences = UserSequences(
+        choices.users,
+        choices.rows,
+        choices.times,
+        n_users=data.log.header.n_users,
+        n_rows=data.catalogue.n_rows,
+    )
+    reader = build_model(
+        config.model.model_copy(update={"codes": 0, "user_embedding": False}),
+        config.features,
+        item_counts=sequences.counts_U,
+        category_of_row=None,
+        # Not the model's: rows of users would start as the very vectors of rows of items.
+        seed=config.train.seed + 1,
+    )
+    assert isinstance(reader, NextItemModel)
+    return DualTask(
+        reader,
+        sequences,
+        NextItemLoss(settings, sequences.counts_U),
+        history_length=config.features.history_length,
+        user_weight=settings.dual_weight,
+        consistency_weight=settings.consistency_weight,
+        stop_gradient=settings.consistency_stop,
+    )
+
+
+def _build(
+    task: ClickTask | NextItemTask, config: RunConfig, code_of_row: Tensor | None = None
+) -> nn.Module:
     return build_model(
         config.model,
         config.features,
         item_counts=task.item_counts,
         category_of_row=task.category_of_row,
         n_users=task.n_users,
+        code_of_row=code_of_row,
         seed=config.train.seed,
     )

@@ -94,7 +94,9 @@ class _Run:
         self.show_progress = show_progress and worker.is_first
         self.task = open_task(log, config)
         self.model = self.task.model.to(worker.device)
-        parameters = list(self.model.parameters())
+        # An empty module where there is nothing to train beside the model.
+        self.auxiliary = (self.task.auxiliary or nn.Module()).to(worker.device)
+        parameters = [*self.model.parameters(), *self.auxiliary.parameters()]
         self.optimizer = (
             torch.optim.Adam(
                 parameters,
@@ -126,6 +128,7 @@ class _Run:
         if state.data_fingerprint != self.fingerprint:
             raise CheckpointError(f"{self.folder} holds a run on another log")
         self.model.load_state_dict(state.model)
+        self.auxiliary.load_state_dict(state.auxiliary)
         self.best_model = state.best_model
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state.optimizer)
@@ -240,15 +243,13 @@ class _Run:
         """Validate, keep the weights if they are the best so far, and decide whether to stop."""
         done, settings = self.progress, self.config.train
         # One clock decides for all processes.
-        out_of_time = self.worker.broadcast(
-            float(0 < settings.max_train_s <= done.trained_s)
-        )
+        out_of_time = self.worker.broadcast(float(0 < settings.max_train_s <= done.trained_s))
         last = bool(out_of_time) or done.epoch + 1 >= settings.max_epochs
-        line: dict[str, Any] = {
-            "part": "valid",
-            "epoch": done.epoch,
-            "train_loss": done.loss_sum / max(done.n_samples, 1),
-        }
+        loss = done.loss_sum / max(done.n_samples, 1)
+        if not math.isfinite(loss):
+            # Ranks are numbers all the same: no metric of a next-item model would tell.
+            raise TrainingError(f"epoch {done.epoch + 1}: training diverged, its loss is {loss}")
+        line: dict[str, Any] = {"part": "valid", "epoch": done.epoch, "train_loss": loss}
         progress = replace(done, epoch=done.epoch + 1, next_batch=0, loss_sum=0.0, n_samples=0)
         outcome = "not validated"
         if last or progress.epoch % settings.validate_every == 0:
@@ -262,7 +263,7 @@ class _Run:
         self.progress = replace(progress, finished=finished, log=[*done.log, line])
         if self.show_progress:
             tqdm.write(
-                f"epoch {progress.epoch}: training loss {line['train_loss']:.4f}, {outcome}, "
+                f"epoch {progress.epoch}: training loss {loss:.4f}, {outcome}, "
                 f"{done.n_samples / seconds:,.0f} samples/s"
             )
 
@@ -301,6 +302,7 @@ class _Run:
                 data_fingerprint=self.fingerprint,
                 progress=self.progress,
                 model=self.model.state_dict(),
+                auxiliary=self.auxiliary.state_dict(),
                 best_model=self.best_model,
                 optimizer=optimizer.state_dict(),
             ),

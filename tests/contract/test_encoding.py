@@ -7,7 +7,7 @@ import pytest
 
 from contract.catalogue import Catalogue
 from contract.encoding import encode, stack_candidates
-from contract.features import FeatureSpec
+from contract.features import AGE_SECONDS, HOURS, FeatureSpec, Granularity
 from contract.records import encode_records
 from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC
 
@@ -64,3 +64,39 @@ def test_an_item_below_one_marks_its_row_alone_as_corrupt(item):
 def test_candidates_are_padded_on_the_right():
     stacked = stack_candidates([np.array([1, 2]), np.array([3])], width=3)
     assert stacked.tolist() == [[1, 2, 0], [3, 0, 0]]
+
+
+class TestLinearScale:
+    """Ages as they are, beside buckets."""
+
+    SPEC = FeatureSpec(
+        history_length=4,
+        granularities=(
+            AGE_SECONDS,
+            HOURS,
+            Granularity(name="minutes", unit_s=60, n_buckets=100, scale="linear"),
+        ),
+    )
+
+    def buckets(self, times: list[int], now: int) -> list[list[int]]:
+        raw = encode_records([1] * len(times), times)
+        inputs, _ = encode([raw], np.array([[1]]), np.array([now]), CATALOGUE, self.SPEC)
+        found: list[list[int]] = inputs.history_buckets[0].tolist()
+        return found
+
+    def test_tells_whole_units_up_to_the_last(self):
+        now = 2**32 - 1
+        assert self.buckets([0, now - 7_201, now - 59], now) == [
+            [0, 0, 0],
+            [now, 21, 99],
+            [7_201, 2, 99],
+            [59, 0, 0],
+        ]
+
+    def test_a_behavior_that_is_newer_than_now_was_just_done(self):
+        assert self.buckets([100, 50], 70)[2:] == [[0, 0, 0], [20, 0, 0]]
+
+    def test_differences_of_ages_are_those_of_times(self):
+        times = [1_600_000_000, 1_600_000_001, 1_650_000_000]
+        ages = [age for age, _, _ in self.buckets(times, 1_700_000_000)[1:]]
+        assert np.diff(ages).tolist() == (-np.diff(times)).tolist()

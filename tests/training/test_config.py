@@ -8,9 +8,17 @@ from pydantic import ValidationError
 
 from contract.features import DAYS, HOURS
 from training.config import (
+    Bert4RecConfig,
+    FpmcConfig,
+    Gru4RecConfig,
+    HstuConfig,
     ImnConfig,
+    LinRecConfig,
+    NextItemConfig,
+    PkmActConfig,
     PopularityConfig,
     RunConfig,
+    SasRecConfig,
     YouTubeDnnConfig,
     load_config,
     parse_config,
@@ -44,6 +52,13 @@ class TestDefaults:
             pytest.param("imn", ImnConfig, id="imn"),
             pytest.param("youtube_dnn", YouTubeDnnConfig, id="youtube_dnn"),
             pytest.param("popularity", PopularityConfig, id="popularity"),
+            pytest.param("fpmc", FpmcConfig, id="fpmc"),
+            pytest.param("gru4rec", Gru4RecConfig, id="gru4rec"),
+            pytest.param("sasrec", SasRecConfig, id="sasrec"),
+            pytest.param("bert4rec", Bert4RecConfig, id="bert4rec"),
+            pytest.param("linrec", LinRecConfig, id="linrec"),
+            pytest.param("hstu", HstuConfig, id="hstu"),
+            pytest.param("pkm_act", PkmActConfig, id="pkm_act"),
         ],
     )
     def test_the_name_of_the_model_chooses_its_settings(self, tmp_path, name, expected):
@@ -91,6 +106,65 @@ class TestFiles:
             name="imn", iterations=1, enhancement_steps=2, head_units=(32, 16, 8), use_category=True
         )
         assert config.train.learning_rate == 1.0
+
+    def test_every_value_of_a_next_item_run_can_be_set(self, tmp_path):
+        config = load(
+            tmp_path,
+            """
+            name = "sasrec"
+            [features]
+            granularities = [
+                { name = "age", unit_s = 1, n_buckets = 4294967296, scale = "linear" },
+            ]
+            [data]
+            split = "leave-one-out"
+            [next_item]
+            loss = "sampled_softmax"
+            negatives = "in-batch"
+            n_negatives = 64
+            logq = true
+            exclude_own = false
+            prefixes_per_user = 0
+            rows = "all"
+            same_length = true
+            protocols = ["pop100", "uni100"]
+            n_ranked = 50
+            [model]
+            name = "sasrec"
+            positions = "relative"
+            norm = "post"
+            mask_padding = false
+            user_embedding = true
+            [train]
+            validate_every = 5
+            precision = "bf16"
+            max_train_s = 90
+            adam_beta2 = 0.98
+            """,
+        )
+        assert config.features.granularities[0].scale == "linear"
+        assert config.next_item == NextItemConfig(
+            loss="sampled_softmax",
+            negatives="in-batch",
+            n_negatives=64,
+            logq=True,
+            exclude_own=False,
+            prefixes_per_user=0,
+            rows="all",
+            same_length=True,
+            protocols=("pop100", "uni100"),
+            n_ranked=50,
+        )
+        assert config.model == SasRecConfig(
+            name="sasrec",
+            positions="relative",
+            norm="post",
+            mask_padding=False,
+            user_embedding=True,
+        )
+        train = config.train
+        assert (train.validate_every, train.precision, train.max_train_s) == (5, "bf16", 90.0)
+        assert parse_config(config.model_dump(mode="json"), "dump") == config
 
     def test_what_was_dumped_as_json_parses_to_the_same(self, tmp_path):
         """The resolved config is kept beside what it produced, in checkpoints and manifests."""
@@ -192,6 +266,69 @@ class TestRefused:
     def test_a_value_out_of_range(self, tmp_path, override, reason):
         with pytest.raises(ConfigError, match=reason):
             load(tmp_path, MINIMAL, override)
+
+    @pytest.mark.parametrize(
+        ("override", "reason"),
+        [
+            pytest.param("next_item.loss=hinge", "next_item.loss: .*'softmax'", id="loss"),
+            pytest.param(
+                "next_item.negatives=hard", "next_item.negatives: .*'in-batch'", id="negatives"
+            ),
+            pytest.param("next_item.n_negatives=0", "next_item.n_negatives: ", id="no negatives"),
+            pytest.param(
+                "next_item.prefixes_per_user=-1", "next_item.prefixes_per_user: ", id="prefixes"
+            ),
+            pytest.param("next_item.rows=oldest", "next_item.rows: .*'newest' or 'all'", id="rows"),
+            pytest.param("next_item.protocols=[]", "next_item.protocols: ", id="no protocol"),
+            pytest.param(
+                'next_item.protocols=["pop1000"]',
+                "next_item.protocols.0: .*'full', .*'uni100'",
+                id="protocol",
+            ),
+            pytest.param("next_item.n_ranked=0", "next_item.n_ranked: ", id="ranked"),
+            pytest.param("next_item.k=10", "next_item.k: Extra inputs", id="no such key"),
+            pytest.param("train.validate_every=0", "train.validate_every: ", id="validate"),
+            pytest.param("train.precision=fp16", "train.precision: .*'fp32' or 'bf16'", id="fp16"),
+            pytest.param("train.max_train_s=-1", "train.max_train_s: ", id="less than no time"),
+            pytest.param("train.max_train_s=inf", "train.max_train_s: ", id="endless"),
+            pytest.param("train.adam_beta2=1", "train.adam_beta2: .*less than 1", id="beta"),
+            pytest.param("model.dropout=1", "model.sasrec.dropout: .*less than 1", id="dropout"),
+            pytest.param("model.layers=0", "model.sasrec.layers: ", id="no layers"),
+            pytest.param("model.heads=0", "model.sasrec.heads: .*equal to 1", id="no heads"),
+            pytest.param("model.norm=none", "model.sasrec.norm: .*'pre' or 'post'", id="norm"),
+        ],
+    )
+    def test_a_value_that_no_next_item_run_has(self, tmp_path, override, reason):
+        with pytest.raises(ConfigError, match=reason):
+            load(tmp_path, MINIMAL, "model.name=sasrec", override)
+
+    @pytest.mark.parametrize("name", ["sasrec", "bert4rec", "linrec", "hstu", "pkm_act"])
+    def test_heads_that_cannot_share_the_width(self, tmp_path, name):
+        settings = (f"model.name={name}", "model.embedding_dim=10", "model.heads=4")
+        reason = rf"model\.{name}: .*heads: 4 of them do not divide embedding_dim = 10"
+        with pytest.raises(ConfigError, match=reason):
+            load(tmp_path, MINIMAL, *settings)
+
+    @pytest.mark.parametrize(
+        ("overrides", "reason"),
+        [
+            pytest.param(
+                ["model.experts=9", "model.keys_per_side=8"],
+                r"experts: 9 are more than keys_per_side = 8",
+                id="more than a side has",
+            ),
+            pytest.param(
+                ["model.embedding_dim=15", "model.heads=3"],
+                r"embedding_dim: product keys need an even one, got 15",
+                id="an odd width",
+            ),
+        ],
+    )
+    def test_experts_that_product_keys_cannot_name(self, tmp_path, overrides, reason):
+        """Without product keys there is nothing to name."""
+        with pytest.raises(ConfigError, match=reason):
+            load(tmp_path, MINIMAL, "model.name=pkm_act", *overrides)
+        load(tmp_path, MINIMAL, "model.name=pkm_act", "model.product_keys=false", *overrides)
 
     def test_all_reasons_at_once(self, tmp_path):
         with pytest.raises(ConfigError, match=r"name: Field required; model: Field required"):

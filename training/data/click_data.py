@@ -35,7 +35,7 @@ def open_click_data(log: PreparedLog, config: RunConfig) -> ClickData:
     data = config.data
     from_impressions = _from_impressions(log, data)
     split = (
-        leave_one_out(log)
+        leave_one_out(log, data.holdout_steps)
         if data.split == "leave-one-out"
         else split_by_time(
             log, test_fraction=data.test_fraction, valid_fraction=data.valid_fraction

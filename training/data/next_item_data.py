@@ -19,6 +19,17 @@ _EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choices:
+    """P behaviors of the training part: `users` from 0, catalogue `rows` of known items, and
+    `times` in unix seconds, all int64 [P], user by user.
+    """
+
+    users: Tensor
+    rows: Tensor
+    times: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class NextItemData:
     """The split log, the catalogue of its training part, counts, categories and loaders.
 
@@ -34,6 +45,19 @@ class NextItemData:
     category_of_row: Tensor | None
     popularity: NDArray[np.int64]
     held_out: dict[Part, HeldOutLoader]
+
+    def training_choices(self) -> Choices:
+        """Return who chose what in the training part, and when."""
+        chosen = np.flatnonzero(self.split.behaviors == Part.TRAIN)
+        behaviors = self.log.behaviors[chosen]
+        rows = self.catalogue.rows(np.ascontiguousarray(behaviors["item"], dtype=np.int64))
+        known = rows >= FIRST_ROW
+        users = self.log.behavior_users()[chosen[known]].astype(np.int64)
+        return Choices(
+            users=torch.from_numpy(users),
+            rows=torch.from_numpy(rows[known]),
+            times=torch.from_numpy(behaviors["time"][known].astype(np.int64)),
+        )
 
     def training_loader(self, *, whole_rows: bool) -> SequenceLoader:
         """Return batches of whole rows, or of prefixes with their last target."""
@@ -53,7 +77,8 @@ class NextItemData:
 
 
 def open_next_item_data(log: PreparedLog, config: RunConfig) -> NextItemData:
-    """Split a prepared log, each user's last behavior for the test, the one before for validation.
+    """Split a prepared log, each user's last behavior for the test, the one before for validation
+    (`leave_one_out`).
 
     Raises ConfigError when the run asks for another split.
     """
@@ -62,7 +87,7 @@ def open_next_item_data(log: PreparedLog, config: RunConfig) -> NextItemData:
             f"data.split: a next-item model is trained with split = 'leave-one-out', "
             f"got {config.data.split!r}"
         )
-    split = leave_one_out(log)
+    split = leave_one_out(log, config.data.holdout_steps)
     catalogue = training_catalogue(log, split, config.data.min_item_count)
     counts = count_items(catalogue, log.behaviors["item"][split.behaviors == Part.TRAIN])
     popularity = count_items(catalogue, log.behaviors["item"])

@@ -282,9 +282,7 @@ def _batch(
     )
 
 
-def _training_bounds(
-    log: PreparedLog, split: Split
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _training_bounds(log: PreparedLog, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     # Leave-one-out holds out each user's last behaviors, so what is left is one run a user.
     starts = log.behavior_offsets[:-1]
     n_train = np.bincount(

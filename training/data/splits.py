@@ -12,6 +12,8 @@ from training.data.log import PreparedLog
 from training.errors import TrainingError
 
 SplitName = Literal["time", "leave-one-out"]
+# Behind a user's test behavior: neither learned from nor a target of the ordinary metrics.
+LATER = -1
 
 
 class Part(IntEnum):
@@ -24,7 +26,7 @@ class Part(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The part of every behavior and every impression, int8 (`Part`)."""
+    """The part of every behavior and every impression, int8 (`Part`, or LATER: in none)."""
 
     behaviors: NDArray[np.int8]
     impressions: NDArray[np.int8]
@@ -57,16 +59,21 @@ def split_by_time(log: PreparedLog, *, test_fraction: float, valid_fraction: flo
     return Split(behaviors=parts(behavior_times), impressions=parts(impression_times))
 
 
-def leave_one_out(log: PreparedLog) -> Split:
+def leave_one_out(log: PreparedLog, holdout_steps: int = 1) -> Split:
     """Split off each user's last behavior as test and the last but one as validation.
 
-    Users with fewer than three behaviors stay in the training part whole. Impressions have no
-    part in this split: they all count as training.
+    With more `holdout_steps`, the last so many behaviors are held out: the first of them is the
+    test, the others are LATER, and validation is what comes right before them. Users with fewer
+    than `holdout_steps` + 2 behaviors stay in the training part whole. Impressions have no part in
+    this split: they all count as training.
     """
     parts = np.full(log.header.n_behaviors, Part.TRAIN, dtype=np.int8)
-    ends = log.behavior_offsets[1:][np.diff(log.behavior_offsets) >= 3]
-    parts[ends - 1] = Part.TEST
-    parts[ends - 2] = Part.VALID
+    lengths = np.diff(log.behavior_offsets)
+    tests = log.behavior_offsets[1:][lengths >= holdout_steps + 2] - holdout_steps
+    for step in range(1, holdout_steps):
+        parts[tests + step] = LATER
+    parts[tests] = Part.TEST
+    parts[tests - 1] = Part.VALID
     return Split(
         behaviors=parts,
         impressions=np.full(log.header.n_impressions, Part.TRAIN, dtype=np.int8),

@@ -27,8 +27,9 @@ from training.models.bert4rec import BERT4Rec
 from training.models.encoder import ItemEncoder
 from training.models.fpmc import FPMC
 from training.models.gru4rec import GRU4Rec
-from training.models.hstu import HSTU
+from training.models.hstu import HSTU, ITEM_STD
 from training.models.imn import IterativeMemoryNetwork
+from training.models.item_codes import ItemCodes
 from training.models.linrec import LinRec
 from training.models.next_item import NextItemModel
 from training.models.pkm_act import PkmAct
@@ -44,13 +45,16 @@ def build_model(
     item_counts: Tensor,
     category_of_row: Tensor | None,
     n_users: int = 0,
+    code_of_row: Tensor | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Return an untrained model for a catalogue of len(item_counts) rows.
 
     `item_counts`: int64 [rows], behaviors of each row in the training part. `category_of_row`:
     int64 [rows], or None where the log has no categories. `n_users`: of the log, for models with
-    user embeddings. `seed` makes the weights reproducible and leaves torch's generator as it was.
+    user embeddings. `code_of_row`: int64 [rows, codes], for a model whose settings ask for codes;
+    None leaves it to a state dict, which holds it. `seed` makes the weights reproducible and leaves
+    torch's generator as it was.
     """
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
@@ -76,13 +80,13 @@ def build_model(
             case PopularityConfig():
                 return Popularity(item_counts)
             case _:
-                return _build_next_item(config, spec, len(item_counts), n_users)
+                items = _next_items(config, len(item_counts), code_of_row)
+                return _build_next_item(config, spec, items, n_users)
 
 
 def _build_next_item(
-    config: NextItemModelConfig, spec: FeatureSpec, n_rows: int, n_users: int
+    config: NextItemModelConfig, spec: FeatureSpec, items: ItemEncoder, n_users: int
 ) -> NextItemModel:
-    items = ItemEncoder(n_rows, config.embedding_dim)
     match config:
         case FpmcConfig():
             return FPMC(
@@ -186,6 +190,22 @@ def _items(
         raise ConfigError("model.use_category: the log has no category column")
     return ItemEncoder(
         n_rows, config.embedding_dim, category_of_row if config.use_category else None
+    )
+
+
+def _next_items(
+    config: NextItemModelConfig, n_rows: int, code_of_row: Tensor | None
+) -> ItemEncoder:
+    if not (isinstance(config, SasRecConfig) and config.codes):
+        std = ITEM_STD if isinstance(config, HstuConfig) else None
+        return ItemEncoder(n_rows, config.embedding_dim, std=std)
+    if code_of_row is None:
+        code_of_row = torch.zeros(n_rows, config.codes, dtype=torch.int64)
+    return ItemCodes(
+        code_of_row,
+        config.embedding_dim,
+        codebook_size=config.codebook_size,
+        quantisation=config.quantisation,
     )
 
 

@@ -14,16 +14,22 @@ class ItemEncoder(nn.Module):
     """Item embedding, plus the embedding of the item's category where the log has one.
 
     `category_of_row`: int64 [n_rows], the category row of each catalogue row, 0 for none; None
-    leaves categories out. They stand in the graph, so that a request sends item ids only.
+    leaves categories out. They stand in the graph, so that a request sends item ids only. `std`: of
+    the embeddings at the start, instead of that of `embedding_table`.
     """
 
     category_of_row: Tensor
 
     def __init__(
-        self, n_rows: int, embedding_dim: int, category_of_row: Tensor | None = None
+        self,
+        n_rows: int,
+        embedding_dim: int,
+        category_of_row: Tensor | None = None,
+        *,
+        std: float | None = None,
     ) -> None:
         super().__init__()
-        self.items = embedding_table(n_rows, embedding_dim, padding_idx=PADDING_ROW)
+        self.items = embedding_table(n_rows, embedding_dim, padding_idx=PADDING_ROW, std=std)
         self.categories: nn.Embedding | None = None
         if category_of_row is not None:
             if category_of_row.shape != (n_rows,):
@@ -83,12 +89,18 @@ class HistoryEncoder(nn.Module):
 
 
 def embedding_table(
-    n_rows: int, embedding_dim: int, padding_idx: int | None = None
+    n_rows: int,
+    embedding_dim: int,
+    padding_idx: int | None = None,
+    *,
+    std: float | None = None,
 ) -> nn.Embedding:
-    """Return a table of vectors of length about 1, exactly 0 at `padding_idx`."""
+    """Return a table of vectors of length about 1, or of normal numbers of deviation `std`;
+    exactly 0 at `padding_idx`.
+    """
     table = nn.Embedding(n_rows, embedding_dim, padding_idx=padding_idx)
     # Products of two embeddings then start large enough to be learned from.
-    nn.init.normal_(table.weight, std=embedding_dim**-0.5)
+    nn.init.normal_(table.weight, std=embedding_dim**-0.5 if std is None else std)
     if padding_idx is not None:
         with torch.no_grad():
             table.weight[padding_idx].zero_()

@@ -5,6 +5,7 @@ Shapes: B requests, L history length (keys), Q queries (all L positions, or the 
 D embedding width, H heads, E = D / H, G time granularities.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from training.models.encoder import ItemEncoder, embedding_table
 from training.models.next_item import AgeInput, NextItemModel, valid_positions
 
 _NORM_EPS = 1e-6
+# Of the items' table before training, as the authors have it: items are met by direction alone, and
+# short vectors turn quickly.
+ITEM_STD = 0.02
 _WEIGHT_STD = 0.02
 # Each bucket of elapsed time is e^0.301 = 1.35 times as long as the one before.
 _LOG_BUCKET = 0.301
@@ -115,7 +119,7 @@ class HSTU(NextItemModel):
 
     def _through(
         self,
-        layers: "nn.ModuleList | list[nn.Module]",
+        layers: Iterable[nn.Module],
         x_BLD: Tensor,
         history_items_BL: Tensor,
         history_buckets_BLG: Tensor,
@@ -170,15 +174,14 @@ class HSTULayer(nn.Module):
         # The paper's single matrix, in two: the last layer makes one query and L keys.
         self.gate_query = nn.Linear(width, 2 * width, bias=False)
         self.value_key = nn.Linear(width, 2 * width, bias=False)
-        self.distance_bias: nn.Embedding | None = None
-        self.time_bias: nn.Embedding | None = None
+        for linear in (self.gate_query, self.value_key):
+            nn.init.normal_(linear.weight, std=_WEIGHT_STD)
+        self.distance_bias: nn.Parameter | None = None
+        self.time_bias: nn.Parameter | None = None
         if position_bias:
-            self.distance_bias = nn.Embedding(history_length, 1)
+            self.distance_bias = nn.Parameter(torch.randn(history_length) * _WEIGHT_STD)
         if n_time_buckets:
-            self.time_bias = nn.Embedding(n_time_buckets, 1)
-        for drawn in (self.gate_query, self.value_key, self.distance_bias, self.time_bias):
-            if drawn is not None:
-                nn.init.normal_(drawn.weight, std=_WEIGHT_STD)
+            self.time_bias = nn.Parameter(torch.randn(n_time_buckets) * _WEIGHT_STD)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.output.weight)
@@ -207,11 +210,10 @@ class HSTULayer(nn.Module):
     def _biased(self, scores_BHQL: Tensor, pairs: Pairs) -> Tensor:
         if self.time_bias is not None:
             assert pairs.buckets is not None
-            bias_BQL = self.time_bias(pairs.buckets).squeeze(-1)
-            scores_BHQL = scores_BHQL + bias_BQL.unsqueeze(1)
+            scores_BHQL = scores_BHQL + _weights_at(pairs.buckets, self.time_bias).unsqueeze(1)
         if self.distance_bias is not None:
-            bias_QL = self.distance_bias(pairs.distances.clamp(min=0)).squeeze(-1)
-            scores_BHQL = scores_BHQL + bias_QL
+            distances_QL = pairs.distances.clamp(min=0)
+            scores_BHQL = scores_BHQL + _weights_at(distances_QL, self.distance_bias)
         return scores_BHQL
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
@@ -228,6 +230,11 @@ def elapsed_buckets(elapsed: Tensor) -> Tensor:
     # is a tensor; and onnxruntime clamps int64 from one side wrongly above 2^31.
     width = torch.tensor(_LOG_BUCKET, dtype=torch.float64)
     return (elapsed.double().clamp(min=1).log() / width).long()
+
+
+def _weights_at(index: Tensor, weights: Tensor) -> Tensor:
+    # An embedding of width 1 gives the same; its backward pass takes many times as long.
+    return weights.index_select(0, index.flatten()).view_as(index)
 
 
 def _real(history_items_BL: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class LinRec(NextItemModel):
         length = history_items_BL.shape[1]
         places_L = torch.arange(length, device=history_items_BL.device)
         position_LD = self.positions(places_L + (self.history_length - length))
-        x_BLD = self.dropout(self.norm(self.items(history_items_BL) + position_LD))
+        x_BLD: Tensor = self.dropout(self.norm(self.items(history_items_BL) + position_LD))
         valid_BL = valid_positions(history_items_BL)
         for n, block in enumerate(self.blocks):
             last = last_only and n == len(self.blocks) - 1
@@ -153,13 +153,13 @@ def prefix_attention(query_BHLE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor) -
     # At the end, where no position before it looks.
     missing = n_chunks * _CHUNK - length
     query_BHNSE, key_BHNSE, value_BHNSE = (
-        functional.pad(x, (0, 0, 0, missing)).unflatten(2, (n_chunks, _CHUNK))
+        torch.unflatten(functional.pad(x, (0, 0, 0, missing)), 2, (n_chunks, _CHUNK))
         for x in (query_BHLE, key_BHLE, value_BHLE)
     )
     sums_BHNEE = (key_BHNSE.transpose(3, 4) @ value_BHNSE).cumsum(dim=2)
     before_BHNEE = torch.cat([torch.zeros_like(sums_BHNEE[:, :, :1]), sums_BHNEE[:, :, :-1]], dim=2)
     within_BHNSS = (query_BHNSE @ key_BHNSE.transpose(3, 4)).tril()
-    met_BHNSE = query_BHNSE @ before_BHNEE + within_BHNSS @ value_BHNSE
+    met_BHNSE: Tensor = query_BHNSE @ before_BHNEE + within_BHNSS @ value_BHNSE
     return met_BHNSE.flatten(2, 3)[:, :, :length]
 
 

@@ -3,6 +3,7 @@
 Shapes: B requests, C candidates, L history length, D embedding width, G time granularities.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -133,7 +134,9 @@ def doubling_buckets(elapsed: Tensor, n_buckets: int) -> Tensor:
     The bit length, by a logarithm: in float64, and with 3/4 added, no number below 2^40 is rounded
     across a power of two, neither by torch nor in an exported graph.
     """
-    exponents = torch.floor(torch.log2(elapsed.double() + 0.75)) + 1
+    # Neither log2 nor a plain number: the exporter rounds both to float32.
+    log_2 = torch.tensor(math.log(2), dtype=torch.float64)
+    exponents = torch.floor(torch.log(elapsed.double() + 0.75) / log_2) + 1
     return exponents.clamp(0, n_buckets - 1).long()
 
 

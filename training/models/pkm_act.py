@@ -260,7 +260,8 @@ class ActionLayer(nn.Module):
             x_BMQD = x_BMQD + self.dropout(self.nearby(memory_BMWD, chunks, last_only=last_only))
         x_BMQD = x_BMQD + self.dropout(self.dispatch(x_BMQD, experts_BMKD))
         fed_BMQD = self.feed_forward(self.feed_forward_norm(x_BMQD))
-        return x_BMQD + self.dropout(fed_BMQD)
+        out_BMQD: Tensor = x_BMQD + self.dropout(fed_BMQD)
+        return out_BMQD
 
     def chosen_experts(self, x_BMWD: Tensor, chunks: Chunks) -> Tensor:
         """Return the numbers of the experts of the last chunk, int64 [B, K]."""
@@ -367,8 +368,9 @@ class RowQuery(nn.Module):
         x_BWD = functional.pad(memory_B1LD.squeeze(1), (0, 0, more, 0))[:, -self.length :]
         valid_BW = functional.pad(valid_B1L.squeeze(1), (more, 0))[:, -self.length :]
         for step in self.steps:
+            groups = (-1, self.stride)
             x_BWD, valid_BW = step(
-                x_BWD.unflatten(1, (-1, self.stride)), valid_BW.unflatten(1, (-1, self.stride))
+                torch.unflatten(x_BWD, 1, groups), torch.unflatten(valid_BW, 1, groups)
             )
         return x_BWD
 
@@ -423,7 +425,7 @@ class GatherFromRow(nn.Module):
         """Return what each expert gathered, [B, 1, K, D]."""
         del last_only  # every position needs all of it
         bias = attention_bias(valid_B1L.squeeze(1), causal=False, n_queries=1)
-        gathered_BKD = self.attention(experts_B1KD.squeeze(1), memory_B1LD.squeeze(1), bias)
+        gathered_BKD: Tensor = self.attention(experts_B1KD.squeeze(1), memory_B1LD.squeeze(1), bias)
         return gathered_BKD.unsqueeze(1)
 
 
@@ -540,10 +542,11 @@ def in_chunks(values_BL: Tensor, chunk: int) -> Tensor:
     """
     # The chunk of nothing makes M at least 2: torch exports no axis that may be 1 or more.
     length = values_BL.shape[1]
-    n_chunks = (length + chunk - 1) // chunk + 1
-    places_X = torch.arange(n_chunks * chunk, device=values_BL.device) - (n_chunks * chunk - length)
-    filled_BX = values_BL[:, places_X.clamp(min=0)] * (places_X >= 0)
-    return filled_BX.unflatten(1, (n_chunks, chunk))
+    n_chunks = (length + 2 * chunk - 1) // chunk
+    chunks_M = torch.arange(n_chunks, device=values_BL.device) - n_chunks
+    within_W = torch.arange(chunk, device=values_BL.device)
+    places_MW = chunks_M.unsqueeze(1) * chunk + within_W + length
+    return values_BL[:, places_MW.clamp(min=0)] * (places_MW >= 0)
 
 
 def one_chunk_later(x_BM: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class ProductKeys(nn.Module):
         """Return the scores [Q, K] of the best K of all experts, falling, and their numbers in
         0 .. N * N - 1, int64 [Q, K].
         """
-        halves_2QE = torch.stack(self.query(query_QD).chunk(2, dim=1))
+        halves_2QE = torch.unflatten(self.query(query_QD), 1, (2, -1)).transpose(0, 1)
         scores_2QN = torch.matmul(halves_2QE, self.sub_keys)
         best_2QK, keys_2QK = torch.topk(scores_2QN, self.n_experts, dim=2)
         sums_QKK = best_2QK[0].unsqueeze(2) + best_2QK[1].unsqueeze(1)

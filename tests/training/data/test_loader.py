@@ -256,26 +256,6 @@ class TestOrder:
             make_loader(seed=9).epoch(5, shuffle=False)
         )
 
-    def test_windows_of_batches_hold_every_sample_once(self, make_log):
-        """More batches than one window, whose moments are sorted by length."""
-        n = 130
-        log = make_log(
-            {
-                "user": [1 + k % 7 for k in range(n)],
-                "item": list(range(1, n + 1)),
-                "timestamp": list(range(n)),
-            }
-        )
-        split = Split(behaviors=np.zeros(n, dtype=np.int8), impressions=np.empty(0, np.int8))
-        moments = behavior_moments(log, split, Part.TRAIN)
-        loader = ClickLoader(log, moments, Catalogue(log.items), SPEC, batch_size=2, seed=1)
-        rows = [
-            row
-            for batch in loader.epoch(0, shuffle=True)
-            for row in batch.inputs.candidate_items[batch.mask].tolist()
-        ]
-        assert sorted(rows) == list(range(2, n + 2))
-
 
 class TestNegatives:
     def test_stand_behind_the_positive_with_label_0(self, make_negatives_loader, log, catalogue):

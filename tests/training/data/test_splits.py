@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.splits import Part, leave_one_out, split_by_time
+from training.data.splits import LATER, Part, leave_one_out, split_by_time
 from training.errors import TrainingError
 
 
@@ -135,6 +135,32 @@ class TestLeaveOneOut:
         items = log.behaviors["item"]
         assert items[split.behaviors == Part.TEST].tolist() == [10]
         assert items[split.behaviors == Part.VALID].tolist() == [30]
+
+    def test_more_held_out_steps_by_hand(self, make_log):
+        """Three are held out, the first is the test; user 2 has one behavior too few for that."""
+        log = make_log(
+            {
+                "user": [1] * 6 + [2] * 4 + [3] * 5,
+                "item": list(range(1, 16)),
+                "timestamp": list(range(15)),
+            }
+        )
+        split = leave_one_out(log, holdout_steps=3)
+        assert split.behaviors.tolist() == [
+            *(0, 0, Part.VALID, Part.TEST, LATER, LATER),
+            *(0, 0, 0, 0),
+            *(0, Part.VALID, Part.TEST, LATER, LATER),
+        ]
+
+    def test_one_held_out_step_is_the_split_without_steps(self, make_log):
+        log = make_log({"user": [1, 1, 2, 2, 2], "item": [1] * 5, "timestamp": [1, 2, 3, 4, 5]})
+        assert leave_one_out(log, 1).behaviors.tolist() == [0, 0, 0, 1, 2]
+        assert leave_one_out(log).behaviors.tolist() == [0, 0, 0, 1, 2]
+
+    def test_what_lies_behind_the_test_is_in_no_part(self, make_log):
+        log = make_log({"user": [1] * 9, "item": [1] * 9, "timestamp": list(range(9))})
+        split = leave_one_out(log, holdout_steps=4)
+        assert [int((split.behaviors == part).sum()) for part in Part] == [4, 1, 1]
 
     def test_impressions_all_stay_in_training(self, make_log):
         log = make_log(

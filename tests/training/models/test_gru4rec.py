@@ -67,11 +67,12 @@ def test_candidates_are_met_with_the_items_of_the_history():
     model = gru4rec()
     items, buckets = histories(model, SPEC, [12, 5])
     candidates = torch.tensor([[3, 1], [7, 19]])
+    vectors = [literal_states(model, row[row > 0].tolist())[-1] for row in items]
     expected = [
-        [float(literal_states(model, row[row > 0].tolist())[-1] @ model.items(one)) for one in ones]
-        for row, ones in zip(items, candidates, strict=True)
+        torch.stack([model.items.items.weight[one] @ vector for one in ones])
+        for vector, ones in zip(vectors, candidates, strict=True)
     ]
-    torch.testing.assert_close(model(items, buckets, candidates), torch.tensor(expected))
+    torch.testing.assert_close(model(items, buckets, candidates), torch.stack(expected))
 
 
 def test_padding_leaves_the_state_at_exactly_zero():
@@ -95,9 +96,8 @@ def test_every_parameter_learns():
     assert_every_parameter_learns(gru4rec(n_layers=2))
 
 
-@layers
-def test_the_graph_has_one_recurrent_operator_a_layer(n_layers, tmp_path):
-    graph = assert_exports(gru4rec(n_layers), SPEC, tmp_path)
+def test_the_graph_has_one_recurrent_operator_a_layer(tmp_path):
+    graph = assert_exports(gru4rec(n_layers=2), SPEC, tmp_path)
     operators = [node.op_type for node in graph.node]
-    assert operators.count("GRU") == n_layers
+    assert operators.count("GRU") == 2
     assert not {"Loop", "Scan", "If"} & set(operators)

@@ -11,7 +11,7 @@ from contract.bundle import OUTPUT_NAME
 from contract.encoding import ModelInputs
 from contract.features import AGE_SECONDS, DAYS, FeatureSpec, Granularity
 from exporter.convert import convert
-from exporter.parity import open_session
+from exporter.parity import VALUE_TOLERANCE, open_session
 from tests.training.models import next_item_checks as checks
 from tests.training.models.next_item_checks import N_ROWS, SPEC
 from training.errors import ConfigError
@@ -53,6 +53,7 @@ def test_each_vector_is_that_of_the_equations(n_heads, biases):
     model = hstu(n_heads=n_heads, **biases).double()
     assert isinstance(model, HSTU)
     items, buckets = checks.histories(model, SPEC, [12, 7, 1])
+    buckets[0, [3, 8]] = buckets[0, [8, 3]]  # a clock was set back
     vectors = model.encode(items, buckets).detach().numpy()
     for row, length in enumerate((12, 7, 1)):
         expected = literal_hstu(
@@ -94,10 +95,10 @@ def literal_hstu(model: HSTU, items: list[int], ages: list[int]) -> np.ndarray:
 def rab(layer: HSTULayer, times: list[int], i: int, j: int) -> float:
     bias = 0.0
     if layer.distance_bias is not None:
-        bias += weights(layer.distance_bias)[i - j, 0]
+        bias += layer.distance_bias[i - j].item()
     if layer.time_bias is not None:
         elapsed = abs(times[i + 1] - times[j])
-        bias += weights(layer.time_bias)[int(np.log(max(1, elapsed)) / 0.301), 0]
+        bias += layer.time_bias[int(np.log(max(1, elapsed)) / 0.301)].item()
     return bias
 
 
@@ -143,14 +144,15 @@ def test_every_parameter_learns(biases):
     checks.assert_every_parameter_learns(hstu(**biases))
 
 
-@pytest.mark.parametrize("n_layers", [1, 2])
-def test_it_exports(tmp_path, n_layers):
-    checks.assert_exports(hstu(n_layers=n_layers), SPEC, tmp_path)
+def test_it_exports(tmp_path):
+    """To the tolerance of a score of 1, where the largest is 1 / temperature."""
+    checks.assert_exports(hstu(), SPEC, tmp_path, tolerance=VALUE_TOLERANCE / TEMPERATURE)
 
 
-def test_it_exports_without_a_time_bias(tmp_path):
-    spec = FeatureSpec(history_length=40)
-    checks.assert_exports(hstu(spec, time_bias=False), spec, tmp_path)
+def test_one_layer_without_a_time_bias_exports(tmp_path):
+    spec = FeatureSpec(history_length=12)
+    model = hstu(spec, n_layers=1, time_bias=False)
+    checks.assert_exports(model, spec, tmp_path, tolerance=VALUE_TOLERANCE / TEMPERATURE)
 
 
 def test_users_and_items_meet_at_an_angle():
@@ -243,7 +245,7 @@ def test_there_is_a_weight_for_every_bucket_that_can_occur(age, n_buckets):
     (layer, _) = model.layers
     assert isinstance(layer, HSTULayer)
     assert layer.time_bias is not None
-    assert layer.time_bias.num_embeddings == n_buckets
+    assert len(layer.time_bias) == n_buckets
 
 
 def test_heads_must_share_the_width():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
@@ -26,17 +27,12 @@ from tests.training.models.next_item_checks import (
     with_large_weights,
 )
 from training.errors import ConfigError
-from training.models.attention import MultiHeadAttention
 from training.models.encoder import ItemEncoder
 from training.models.pkm_act import (
-    ActionLayer,
-    GatherFromEarlier,
     PkmAct,
-    Pooling,
     in_chunks,
     one_chunk_later,
 )
-from training.models.product_keys import ProductKeys
 
 WIDTH = 8
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -109,19 +105,18 @@ def test_the_form_last_is_not_and_learns_last_positions_only():
     assert not model.learns_whole_rows
 
 
-# With one chunk nothing is ever gathered, and with two there is one pooled chunk to attend to.
-@pytest.mark.parametrize(
-    "changes",
-    [one for name, one in VARIANTS.items() if name != "causal, one chunk"],
-    ids=[name for name in VARIANTS if name != "causal, one chunk"],
-)
-def test_every_parameter_learns(changes):
-    assert_every_parameter_learns(pkm_act(**changes))
+# With one chunk nothing is ever gathered, and in chunks of one there is nothing to weigh.
+_LEARNING = VARIANTS.keys() - {"causal, one chunk", "causal, chunks of one"}
 
 
-@pytest.mark.parametrize("name", ["last", "causal", "causal without query network"])
-def test_it_exports(name, tmp_path):
-    assert_exports(pkm_act(**VARIANTS[name]), SPEC, tmp_path)
+@pytest.mark.parametrize("name", sorted(_LEARNING))
+def test_every_parameter_learns(name):
+    assert_every_parameter_learns(pkm_act(**VARIANTS[name]))
+
+
+@pytest.mark.parametrize("form", ["last", "causal"])
+def test_it_exports(form, tmp_path):
+    assert_exports(pkm_act(form=form), SPEC, tmp_path)
 
 
 @settings(max_examples=60, deadline=None)
@@ -198,19 +193,20 @@ def test_it_is_the_literal_model(form, lengths):
 @pytest.mark.parametrize("form", ["last", "causal"])
 def test_the_chosen_experts_can_be_counted(form):
     model = pkm_act(form=form)
+    layers: Any = model.layers
     items, buckets = histories(model, SPEC, [12, 6, 0])
     chosen = model.chosen_experts(items, buckets)
     assert chosen.shape == (2, 3, 3)
     assert chosen.dtype == torch.int64
-    for layer, experts_BK in zip(model.layers, chosen, strict=True):
-        keys, seen = layer.experts.keys, []
-        with keys.register_forward_hook(lambda _, __, tokens, seen=seen: seen.append(tokens)):
-            model.encode(items, buckets)
-        (served_XKD,) = seen
-        served_BKD = served_XKD.unflatten(0, (3, -1))[:, -1]
-        scales_BK = served_BKD.norm(dim=2) / keys.values.weight[experts_BK].norm(dim=2)
+    for layer, experts_BK in zip(layers, chosen, strict=True):
+        served: list[Tensor] = []
+        hook = layer.experts.register_forward_hook(lambda _, __, out, to=served: to.append(out))
+        model.encode(items, buckets)
+        hook.remove()
+        served_BKD = served[0][:, -1]
+        values_BKD = layer.experts.keys.values.weight[experts_BK]
         torch.testing.assert_close(
-            served_BKD, keys.values.weight[experts_BK] * scales_BK.unsqueeze(2)
+            functional.normalize(served_BKD, dim=2), functional.normalize(values_BKD, dim=2)
         )
 
 
@@ -229,16 +225,19 @@ def test_untrained_keys_learn_as_fast_as_the_experts(form):
         ffn_units=32, dropout=0.0, keys_per_side=5, n_experts=3, chunk=4,
     )  # fmt: skip
     model.encode_last(*histories(model, SPEC, [12, 12, 10])).square().sum().backward()
-    for layer in model.layers:
+    layers: Any = model.layers
+    for layer in layers:
         keys = layer.experts.keys
         assert keys.sub_keys.grad.norm() > 0.01 * keys.values.weight.grad.norm()
 
 
 @pytest.mark.parametrize("form", ["last", "causal"])
-def test_the_last_vector_costs_less_than_all(form):
-    model = pkm_act(form=form)
+def test_the_last_layer_feeds_the_last_position_only(form):
+    model = pkm_act(form=form, ffn_units=100)
     batch = histories(model, SPEC, [12])
-    assert flops(model.encode_last, *batch) < 0.8 * flops(model.encode, *batch)
+    of_one_position = 2 * 2 * WIDTH * 100
+    saved = flops(model.encode, *batch) - flops(model.encode_last, *batch)
+    assert 11 * of_one_position < saved < 2 * 11 * of_one_position
 
 
 def test_the_cost_of_the_causal_form_is_linear():
@@ -288,14 +287,15 @@ def test_one_chunk_later_starts_with_nothing():
 def flops(function, *arguments: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         function(*arguments)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 # The model as its equations say, behavior by behavior: lists of vectors of one history without any
-# padding, every sum a loop. Only linear maps, layer norms and feed-forwards are the model's own.
+# padding, every sum a loop. Linear maps, layer norms and feed-forwards are the model's own. Parts
+# are `Any`: nn.Module does not tell the types of its parts.
 
 
-def literal_last(model: PkmAct, items: Tensor, buckets: Tensor) -> list[Tensor]:
+def literal_last(model: Any, items: Tensor, buckets: Tensor) -> list[Tensor]:
     encoder = model.tokens.history
     first_position = len(encoder.positions.weight) - len(items)
     x = [
@@ -310,12 +310,11 @@ def literal_last(model: PkmAct, items: Tensor, buckets: Tensor) -> list[Tensor]:
     ]
     for layer in model.layers:
         memory = [layer.norm(one) for one in x]
-        tokens: list[Tensor | None] = [None] * (layer.experts.query.length - len(x))
-        tokens += memory
+        tokens: Sequence[Tensor | None] = [None] * (layer.experts.query.length - len(x)) + memory
         for step in layer.experts.query.steps:
             tokens = literal_pooling(step, tokens, layer.experts.query.stride, causal=False)
-        assert tokens[0] is not None
         (query,) = tokens
+        assert query is not None
         experts = literal_experts(layer.experts.keys, query)
         gathered = [
             one + literal_attention(layer.gathering.attention, one, memory) for one in experts
@@ -324,7 +323,7 @@ def literal_last(model: PkmAct, items: Tensor, buckets: Tensor) -> list[Tensor]:
     return [model.norm(one) for one in x]
 
 
-def literal_causal(model: PkmAct, items: Tensor, buckets: Tensor) -> list[Tensor]:
+def literal_causal(model: Any, items: Tensor, buckets: Tensor) -> list[Tensor]:
     size, n = model.tokens.chunk, len(items)
     ages = [*buckets[:, 2].tolist(), 0]  # at the end: now
     chunk_of = [(n - 1 - place) // size for place in range(n)]  # 0 is the newest
@@ -337,7 +336,7 @@ def literal_causal(model: PkmAct, items: Tensor, buckets: Tensor) -> list[Tensor
         memory = [layer.norm(one) for one in x]
         n_missing = -n % size
         pooled = literal_pooling(
-            layer.experts.query.pooling, [None] * n_missing + memory, causal=True
+            layer.experts.query.pooling, [None] * n_missing + memory, size, causal=True
         )
         gathered_of = {}
         for chunk in set(chunk_of):
@@ -369,14 +368,14 @@ def bucket(elapsed: int) -> int:
     return elapsed.bit_length()
 
 
-def literal_action(layer: ActionLayer, x: Tensor, gathered: Sequence[Tensor]) -> Tensor:
+def literal_action(layer: Any, x: Tensor, gathered: Sequence[Tensor]) -> Tensor:
     x = x + literal_attention(layer.dispatch.attention, layer.dispatch.norm(x), gathered)
     fed: Tensor = x + layer.feed_forward(layer.feed_forward_norm(x))
     return fed
 
 
 def literal_pooling(
-    pooling: Pooling, tokens: Sequence[Tensor | None], size: int, *, causal: bool
+    pooling: Any, tokens: Sequence[Tensor | None], size: int, *, causal: bool
 ) -> list[Tensor | None]:
     groups = [tokens[first : first + size] for first in range(0, len(tokens), size)]
     merged: list[Tensor | None] = []
@@ -398,7 +397,7 @@ def literal_pooling(
     return attended
 
 
-def literal_experts(keys: ProductKeys, query: Tensor) -> list[Tensor]:
+def literal_experts(keys: Any, query: Tensor) -> list[Tensor]:
     """Scores all experts, sorts them and weights the best."""
     first, second = keys.query(query).chunk(2)
     n = keys.keys_per_side
@@ -416,7 +415,7 @@ def literal_experts(keys: ProductKeys, query: Tensor) -> list[Tensor]:
 
 
 def literal_attention(
-    attention: MultiHeadAttention,
+    attention: Any,
     query: Tensor,
     memory: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
@@ -437,9 +436,7 @@ def literal_attention(
     return met
 
 
-def literal_kernel_attention(
-    gathering: GatherFromEarlier, query: Tensor, memory: Sequence[Tensor]
-) -> Tensor:
+def literal_kernel_attention(gathering: Any, query: Tensor, memory: Sequence[Tensor]) -> Tensor:
     def phi(x: Tensor) -> Tensor:
         return torch.where(x > 0, x + 1, x.exp())
 

@@ -1,0 +1,69 @@
+"""Costs: memory is what the tensors of a step take, and grows with the history."""
+
+import pytest
+import torch
+
+from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
+from training.comparison.choice import MODELS
+from training.comparison.costs import Subject, describe_machine, full_rows, scoring_s, step_bytes
+from training.config import parse_config
+
+CPU = torch.device("cpu")
+
+
+def subject(model: dict[str, object], **next_item: object) -> Subject:
+    config = parse_config(
+        {
+            "name": "tiny",
+            "features": {
+                "granularities": [one.model_dump(mode="json") for one in (HOURS, DAYS, AGE_SECONDS)]
+            },
+            "next_item": next_item,
+            "model": {"embedding_dim": 8, **model},
+        },
+        "test",
+    )
+    return Subject(config=config, n_rows=30, n_users=5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_of_a_training_step_grows_with_the_history(name):
+    one = subject({"name": name, **({"heads": 1} if name == "hstu" else {})})
+    assert 0 < step_bytes(one, 16, CPU) < step_bytes(one, 64, CPU)
+
+
+def test_gradients_of_all_weights_are_part_of_a_step():
+    """FPMC has hardly anything else: 4 tables of 30 rows, 8 wide, in float32."""
+    assert step_bytes(subject({"name": "fpmc"}), 1, CPU) > 4 * 30 * 8 * 4
+
+
+def test_the_step_has_the_loss_of_the_run():
+    few, many = (
+        subject({"name": "gru4rec"}, loss="sampled_softmax", n_negatives=n) for n in (1, 1000)
+    )
+    assert step_bytes(few, 16, CPU) < step_bytes(many, 16, CPU)
+
+
+def test_rows_are_full_and_ages_fall():
+    spec = FeatureSpec(history_length=40, granularities=(HOURS, AGE_SECONDS))
+    items_BL, buckets_BLG = full_rows(12, spec, 3)
+    assert items_BL.shape == (3, 40)
+    assert set(items_BL.unique().tolist()) == set(range(2, 12))
+    assert buckets_BLG.shape == (3, 40, 2)
+    assert (buckets_BLG.diff(dim=1) <= 0).all()
+    assert buckets_BLG[:, :, 0].max() < HOURS.n_buckets
+
+
+def test_scoring_is_timed_on_one_thread_which_is_given_back():
+    threads = []
+    model, spec = subject({"name": "sasrec"}).build(8)
+    model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    seconds = scoring_s({"sasrec": (model, spec)}, rounds=2)
+    assert seconds["sasrec"] > 0
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_a_machine_is_described_without_a_date():
+    assert f"torch {torch.__version__.partition('+')[0]}" in describe_machine(CPU)

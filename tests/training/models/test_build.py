@@ -1,0 +1,180 @@
+"""From settings to models: every one is built, and no setting is lost on the way."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
+from tests.training.models.next_item_checks import histories
+from training.config import (
+    ImnConfig,
+    ModelConfig,
+    NextItemModelConfig,
+    PopularityConfig,
+    SasRecConfig,
+    YouTubeDnnConfig,
+)
+from training.errors import ConfigError
+from training.models.build import Scorer, build_model, score_kind
+from training.models.next_item import NextItemModel
+
+SPEC = FeatureSpec(history_length=12, granularities=(HOURS, DAYS, AGE_SECONDS))
+N_ROWS, N_USERS = 20, 3
+COUNTS = torch.arange(N_ROWS)
+CATEGORIES = torch.arange(N_ROWS) % 3
+
+NEXT_ITEM_CONFIGS = get_args(NextItemModelConfig)
+NAMES = {get_args(one.model_fields["name"].annotation)[0]: one for one in NEXT_ITEM_CONFIGS}
+CLICK_NAMES = {"imn": ImnConfig, "youtube_dnn": YouTubeDnnConfig, "popularity": PopularityConfig}
+
+
+def config_of(name: str, **settings: object) -> ModelConfig:
+    config: ModelConfig = TypeAdapter(ModelConfig).validate_python({"name": name, **settings})
+    return config
+
+
+def build(config: ModelConfig, **options: Any) -> nn.Module:
+    return build_model(
+        config,
+        SPEC,
+        **{
+            "item_counts": COUNTS,
+            "category_of_row": None,
+            "n_users": N_USERS,
+            "seed": 1,
+            **options,
+        },
+    )
+
+
+@pytest.mark.parametrize("name", [*NAMES, *CLICK_NAMES])
+class TestEveryModel:
+    def test_is_built_from_its_name_alone_and_scores(self, name):
+        model = build(config_of(name)).eval()
+        assert isinstance(model, NextItemModel) == (name in NAMES)
+        items = torch.tensor([[0, 0, 3, 1], [0, 0, 0, 0], [4, 5, 6, 7]])
+        candidates = torch.tensor([[2, 1, 0]] * 3)
+        scores = model(items, torch.zeros(3, 4, 3, dtype=torch.int64), candidates)
+        assert scores.shape == (3, 3)
+        assert scores.isfinite().all()
+
+    def test_is_the_same_from_a_seed_which_torch_does_not_notice(self, name):
+        before = torch.random.get_rng_state()
+        one, same, other = (build(config_of(name), seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        weights, again = one.state_dict(), same.state_dict()
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[key], again[key]) for key in weights)
+        if name != "popularity":
+            drawn = other.state_dict()
+            assert any(not torch.equal(weights[key], drawn[key]) for key in weights)
+
+    def test_says_what_its_scores_mean(self, name):
+        kind = score_kind(config_of(name))
+        assert kind == ("probability" if name in ("imn", "youtube_dnn") else "affinity")
+
+
+def test_a_seed_is_not_needed():
+    with torch.random.fork_rng(devices=[]):
+        one, other = (build(config_of("sasrec"), seed=None).state_dict() for _ in range(2))
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+# Where a setting matters only beside another.
+BESIDE: dict[str, dict[str, Any]] = {
+    "sasrec.user_dropout": {"user_embedding": True},
+    "sasrec.codebook_size": {"codes": 4},
+    "sasrec.quantisation": {"codes": 4},
+    "pkm_act.chunk": {"form": "causal"},
+}
+SETTINGS = [
+    (name, setting)
+    for name, config in NAMES.items()
+    for setting in config.model_fields
+    if setting != "name"
+]
+
+
+def another(name: str, setting: str) -> object:
+    """Return a value of the setting other than the one it has unless said."""
+    field = NAMES[name].model_fields[setting]
+    default = field.default
+    if isinstance(default, str):
+        return next(value for value in get_args(field.annotation) if value != default)
+    if isinstance(default, bool):
+        return not default
+    return 2 * default or 4 if isinstance(default, int) else default / 2
+
+
+def shape_of(model: nn.Module) -> dict[str, object]:
+    """Return everything that settings decide: shapes of weights, and numbers that modules keep."""
+    found: dict[str, object] = {key: value.shape for key, value in model.state_dict().items()}
+    for where, module in model.named_modules():
+        found[where] = type(module)
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str):
+                found[f"{where}.{key}"] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), SETTINGS, ids=[f"{name}.{setting}" for name, setting in SETTINGS]
+)
+def test_every_setting_reaches_the_model(name, setting):
+    beside = BESIDE.get(f"{name}.{setting}", {})
+    plain = build(config_of(name, **beside))
+    changed = build(config_of(name, **beside, **{setting: another(name, setting)}))
+    assert shape_of(plain) != shape_of(changed)
+
+
+class TestUsers:
+    def test_have_embeddings_where_the_settings_ask_for_them(self):
+        model = build(SasRecConfig(name="sasrec", user_embedding=True))
+        assert model.get_parameter("users.weight").shape == (N_USERS + 1, 64)
+
+    def test_have_none_else(self):
+        assert "users.weight" not in build(SasRecConfig(name="sasrec")).state_dict()
+
+    def test_have_factors_of_their_own_in_fpmcs_table(self):
+        model = build(config_of("fpmc", user_factor="table"))
+        assert model.get_parameter("users.weight").shape[0] == N_USERS + 1
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param(config_of("hstu"), id="hstu"),
+            pytest.param(config_of("pkm_act", form="causal"), id="causal pkm_act"),
+        ],
+    )
+    def test_models_of_time_without_a_linear_granularity(self, config):
+        with pytest.raises(ConfigError, match=r"features\.granularities: .*scale = 'linear'"):
+            build_model(config, FeatureSpec(), item_counts=COUNTS, category_of_row=None, seed=1)
+
+    @pytest.mark.parametrize("name", ["imn", "youtube_dnn"])
+    def test_categories_that_a_log_has_not(self, name):
+        config = config_of(name, use_category=True)
+        with pytest.raises(ConfigError, match=r"model\.use_category: the log has no category"):
+            build(config)
+        build(config, category_of_row=CATEGORIES)
+
+
+class TestScorer:
+    def scores(self, kind: Any) -> tuple[Tensor, Tensor]:
+        model = build(config_of("sasrec")).eval()
+        assert isinstance(model, NextItemModel)
+        items, buckets = histories(model, SPEC, [12, 3])
+        inputs = items, buckets, torch.tensor([[2, 3], [4, 5]])
+        return Scorer(model, kind)(*inputs), model(*inputs)
+
+    def test_leaves_affinities_as_they_are(self):
+        scores, outputs = self.scores("affinity")
+        assert torch.equal(scores, outputs)
+
+    def test_makes_probabilities_of_logits(self):
+        scores, outputs = self.scores("probability")
+        torch.testing.assert_close(scores, 1 / (1 + torch.exp(-outputs)))

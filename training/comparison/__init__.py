@@ -1,0 +1,1 @@
+"""Finished runs of next-item models set side by side: one page of tables, one of figures."""

@@ -1,0 +1,84 @@
+"""What a comparison measures of finished runs, beside what their training left behind."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.checkpoint import load_model
+from training.comparison.choice import SUBJECT, Comparison, Setup
+from training.comparison.costs import LengthCost, Subject, costs_by_length, scoring_s
+from training.comparison.experts import selections
+from training.data.log import PreparedLog
+from training.models.next_item import NextItemModel
+from training.trainer import MODEL
+
+_RETRIEVAL = ("model.keys_per_side", "model.experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertUse:
+    """How often each expert served a test user: `counts` int64 [layers, experts], one a run."""
+
+    setup: Setup
+    counts: tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """`scoring_s`: of each main model, seconds to score 100 candidates. `experts`: of PKM-ACT,
+    nothing where no run has product keys. `by_length`: of each main model, nothing unless asked.
+    """
+
+    scoring_s: dict[str, float]
+    experts: tuple[ExpertUse, ...]
+    by_length: dict[str, dict[int, LengthCost]]
+
+
+def measure(
+    comparison: Comparison, log: PreparedLog, *, costs: bool, device: torch.device
+) -> Measurements:
+    """Measure the main setups' first seeds, and all runs of PKM-ACT's retrieval.
+
+    `costs`: also cost over the history length, on `device`, which takes minutes.
+    """
+    trained = {
+        name: load_model(setup.runs[0].folder / MODEL) for name, setup in comparison.mains.items()
+    }
+    models: dict[str, NextItemModel] = {}
+    for name, one in trained.items():
+        assert isinstance(one.model, NextItemModel)
+        models[name] = one.model
+    subjects = {
+        name: Subject(
+            config=trained[name].config,
+            n_rows=len(model.item_table()),
+            n_users=log.header.n_users,
+        )
+        for name, model in models.items()
+    }
+    return Measurements(
+        scoring_s=scoring_s(
+            {name: (model, trained[name].config.features) for name, model in models.items()}
+        ),
+        experts=tuple(
+            ExpertUse(setup=setup, counts=tuple(selections(run, log) for run in setup.runs))
+            for setup in retrieval_setups(comparison)
+        ),
+        by_length=costs_by_length(subjects, device=device) if costs else {},
+    )
+
+
+def retrieval_setups(comparison: Comparison) -> list[Setup]:
+    """Return the setups of PKM-ACT that differ only in how many experts there are or are
+    retrieved, the best validation first; of several such families the largest, or the best.
+    """
+    families: dict[str, list[Setup]] = defaultdict(list)
+    for setup in comparison.setups:  # of each model the best first
+        if setup.model == SUBJECT and setup.settings["model.product_keys"]:
+            kept = {key: value for key, value in setup.settings.items() if key not in _RETRIEVAL}
+            families[json.dumps(kept)].append(setup)
+    return max(families.values(), key=len, default=[])
