@@ -21,6 +21,7 @@ from training.models.next_item import NextItemModel
 from training.ranking import rank_in_catalogue, ranking_metrics
 
 _BATCH = 256
+_FED_BACK, _TRUE = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,12 @@ def autoregress(
 
     The best item that a user has not had becomes the newest behavior, and so on; the target of a
     step is the true held-out item of that place. All items are ranked but those of the history,
-    true or fed back, and the target itself always is: the first step is the "full" protocol of the
-    test part. Moments are those of the true behaviors, for fed-back ones and for the ranking: a
-    next-item model does not say when. Raises ConfigError unless the run held out `n_steps`
-    behaviors or more: of fewer, the others were learned from.
+    true or fed back: the first step is the "full" protocol of the test part. A target of the true
+    history is ranked all the same, as it is there; a target that was fed back before ranks last:
+    the model has spent it on another place, and without its rivals it would win. Moments are those
+    of the true behaviors, for fed-back ones and for the ranking: a next-item model does not say
+    when. Raises ConfigError unless the run held out `n_steps` behaviors or more: what lies behind
+    them was learned from.
     """
     held_out = data.config.data.holdout_steps
     if not 1 <= n_steps <= held_out:
@@ -90,8 +93,11 @@ def _take_step(
         known_BL = batch.history_items[:, : max(0, length - step)]
         own_BL = np.concatenate([known_BL, fed_BS], axis=1)[:, -length:]
         own_past_BL = np.concatenate([_pasts(first, chosen), fed_BS], axis=1)
-        both = ((own_BL, own_past_BL), (batch.history_items, _pasts(loader, chosen)))
-        for form, (items_BL, past_BL) in enumerate(both):
+        both = {
+            _FED_BACK: (own_BL, own_past_BL),
+            _TRUE: (batch.history_items, _pasts(loader, chosen)),
+        }
+        for form, (items_BL, past_BL) in both.items():
             user_BD = model.encode_last(
                 torch.from_numpy(items_BL).to(device),
                 torch.from_numpy(batch.history_buckets).to(device),
@@ -101,7 +107,9 @@ def _take_step(
             excluded_BL = torch.from_numpy(past_BL).to(device)
             ranks_B = rank_in_catalogue(scores_BR, targets_B, excluded_BL)
             ranks_2M[form, chosen] = ranks_B.cpu().numpy()
-            if form == 0:
+            if form == _FED_BACK:
+                spent_B = (fed_BS == batch.targets[:, -1:]).any(axis=1)
+                ranks_2M[form, chosen[spent_B]] = scores_BR.shape[1] - FIRST_ROW + 1
                 scores_BR.scatter_(1, excluded_BL, float("-inf"))
                 best_B = FIRST_ROW + scores_BR[:, FIRST_ROW:].argmax(dim=1)
                 fed_MS[chosen, step] = best_B.cpu().numpy()

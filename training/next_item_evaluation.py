@@ -61,7 +61,7 @@ class RankingEvaluation:
         Raises TrainingError when there is no target.
         """
         if not len(self._loader):
-            raise TrainingError("no held-out behavior to rank: no user has three behaviors")
+            raise TrainingError("no held-out behavior to rank: no user has enough behaviors")
         was_training = model.training
         model.eval()
         ranks = {p: np.zeros(len(self._loader), dtype=np.int64) for p in self._protocols}

@@ -88,6 +88,7 @@ def literal_ranks(
     for test in np.flatnonzero(data.split.behaviors == Part.TEST):
         user = int(log.behavior_users()[test])
         records = log.behaviors[log.behavior_offsets[user] : test].copy()
+        fed: set[int] = set()
         for step in range(n_steps):
             truth = log.behaviors[test + step : test + step + 1].copy()
             inputs, _ = encode(
@@ -106,13 +107,14 @@ def literal_ranks(
             past = set(catalogue.rows(np.ascontiguousarray(records["item"])).tolist())
             rivals = set(range(FIRST_ROW, len(scores))) - past
             target = int(catalogue.rows(np.ascontiguousarray(truth["item"]))[0])
-            if target < FIRST_ROW:
+            if target < FIRST_ROW or target in fed:
                 ranks[step].append(len(scores) - FIRST_ROW + 1)
             else:
                 better = [row for row in rivals - {target} if scores[row] >= scores[target]]
                 ranks[step].append(1 + len(better))
             if feed_back:
                 best = max(rivals, key=lambda row: scores[row])
+                fed.add(best)
                 truth["item"] = catalogue.item_ids[best - FIRST_ROW]
             records = np.concatenate([records, truth])
     return ranks
@@ -134,6 +136,25 @@ def test_by_hand(make_log):
     assert [one.fed_back["hr10"] for one in steps] == [0.5, 0.5, 0.5]
     assert [one.teacher_forced["hr10"] for one in steps] == [0.5, 1, 1]
     assert [one.teacher_forced["ndcg10"] for one in steps] == [0.5, 1, 1]
+
+
+def test_a_target_that_was_predicted_too_early_is_missed(make_log):
+    """The model likes 6, 7, 8 best, in this order; user 1 takes 7, 8, 6."""
+
+    class Settled(Successor):
+        def encode(
+            self, history_items: Tensor, history_buckets: Tensor, users: Tensor | None = None
+        ) -> Tensor:
+            del history_buckets, users
+            return torch.arange(42, 0, -1).float().expand(*history_items.shape, 42)
+
+    items = [*range(1, 6), 7, 8, 6, *range(1, 41)]
+    users = [1] * 8 + [3 + n // 4 for n in range(40)]
+    log = make_log({"user": users, "item": items, "timestamp": list(range(48))})
+    data = open_next_item_data(log, config_of(SASREC, holdout_steps=3, history_length=10))
+    steps = autoregress(Settled(42), data, 3, CPU)
+    assert [one.fed_back["mrr20"] for one in steps] == [1 / 2, 1 / 2, 0]
+    assert [one.teacher_forced["mrr20"] for one in steps] == [1 / 2, 1 / 2, 1]
 
 
 @pytest.mark.parametrize("model", [SASREC, HSTU], ids=["sasrec with users", "hstu with times"])

@@ -12,9 +12,10 @@ import torch
 
 from training.__main__ import main
 from training.checkpoint import load_model
+from training.comparison import sections
 from training.comparison.choice import METRICS, MODELS, compare
-from training.comparison.costs import LENGTHS
-from training.comparison.measurements import retrieval_setups
+from training.comparison.costs import LENGTHS, LengthCost
+from training.comparison.measurements import Measurements, retrieval_setups
 from training.comparison.page import write_comparison
 from training.comparison.published import published
 from training.comparison.sections import LABELS
@@ -197,6 +198,14 @@ class TestChoice:
         assert comparison.mains["sasrec"].runs[0].folder == tmp_path / "sasrec-1"
         assert comparison.variants[0].runs[0].folder == tmp_path / "sasrec-slow"
 
+    def test_the_best_run_brings_its_seeds_along(self, runs, world_log, tmp_path):
+        for name, valid in (("sasrec-1", 0.1), ("sasrec-2", 0.4), ("sasrec-slow", 0.3)):
+            shutil.copytree(runs / name, tmp_path / name)
+            change_metrics(tmp_path / name, valid=valid, test=0.5)
+        comparison = compare(sorted(tmp_path.iterdir()), PreparedLog(world_log))
+        assert len(comparison.mains["sasrec"].runs) == 2
+        assert comparison.mains["sasrec"].validation.mean == 0.25
+
     def test_variants_name_what_they_differ_in(self, pages):
         rows = tables(pages / "next_item.md")["Variants and ablations"]
         by_run = {row["runs or source"]: row for row in rows}
@@ -210,18 +219,25 @@ class TestChoice:
         assert by_run["sasrec-1, sasrec-2"]["differs in"] == "(the main setup)"
         assert "gru4rec" not in by_run
 
-    def test_a_lead_is_tested_where_both_have_seeds(self, pages, world_log):
-        comparison = compare([pages / f"{m}-{s}" for m in ("sasrec", "pkm") for s in (1, 2)],
-                             PreparedLog(world_log))  # fmt: skip
+    def test_a_lead_is_tested_where_both_have_seeds(self, runs, world_log):
+        folders = [runs / name for name in ("sasrec-1", "sasrec-2", "pkm-1", "pkm-2")]
+        comparison = compare(folders, PreparedLog(world_log))
         assert comparison.best_baseline == comparison.mains["sasrec"]
         test = comparison.test_of_lead("full_ndcg20")
         assert test is not None
         values = [comparison.mains[name].values("full_ndcg20") for name in ("pkm_act", "sasrec")]
         assert (test.t > 0) == (sum(values[0]) > sum(values[1]))
         assert 0 < test.p_value < 1
-        assert compare([pages / "pkm-1", pages / "sasrec-1"], PreparedLog(world_log)).test_of_lead(
-            "full_ndcg20"
-        ) is None  # fmt: skip
+        timed = {"sasrec": 1e-3, "pkm_act": 1e-3}
+        measured = Measurements(scoring_s=timed, experts=(), by_length={})
+        named = sections.figures(comparison, measured, "tiny")
+        assert named["tiny_full_pkm_act_lead_ndcg20_p_value"] == test.p_value
+        titles = [section.title for section in sections.sections(comparison, measured, ())]
+        assert "PKM-ACT against the best baseline" in titles
+
+    def test_a_lead_of_one_seed_is_not_tested(self, runs, world_log):
+        folders = [runs / name for name in ("sasrec-1", "sasrec-2", "pkm-1")]
+        assert compare(folders, PreparedLog(world_log)).test_of_lead("full_ndcg20") is None
 
 
 class TestRefusals:
@@ -245,6 +261,13 @@ class TestRefusals:
         kept = lines(tmp_path / "run")[:-1]
         (tmp_path / "run" / METRICS_FILE).write_text("\n".join(map(json.dumps, kept)))
         with pytest.raises(CheckpointError, match="run: the run is not finished"):
+            compare([tmp_path / "run"], PreparedLog(world_log))
+
+    def test_a_run_without_the_metric_it_watched_is_refused(self, runs, world_log, tmp_path):
+        shutil.copytree(runs / "gru4rec", tmp_path / "run")
+        metrics = tmp_path / "run" / METRICS_FILE
+        metrics.write_text(metrics.read_text().replace("full_ndcg10", "ndcg10"))
+        with pytest.raises(CheckpointError, match=r"run: metrics\.jsonl lacks full_ndcg10"):
             compare([tmp_path / "run"], PreparedLog(world_log))
 
     @pytest.mark.parametrize("text", ["no json", "[1]", '{"epoch": 1}'])
@@ -352,19 +375,27 @@ class TestPages:
             "Quality, latency, parameters",
         }
 
-    def test_costs_over_the_length_are_measured_when_asked_for(self, runs, world_log, tmp_path):
-        write_comparison(
-            [runs / "sasrec-1", runs / "pkm-1"], PreparedLog(world_log), page=tmp_path / "a.md",
-            html=tmp_path / "a.html", data="tiny", command="", costs=True, device=CPU,
+    def test_costs_over_the_length_make_a_section_and_two_ratios(self, runs, world_log):
+        comparison = compare([runs / "sasrec-1", runs / "pkm-1"], PreparedLog(world_log))
+        measured = Measurements(
+            scoring_s={"sasrec": 1e-3, "pkm_act": 2e-3},
+            experts=(),
+            by_length={
+                name: {length: LengthCost(encode_s=length * s, step_bytes=length * size)
+                       for length in LENGTHS}
+                for name, s, size in (("sasrec", 3e-6, 1000), ("pkm_act", 2e-6, 250))
+            },
         )  # fmt: skip
-        named = json.loads((tmp_path / "a.json").read_text())["figures"]
-        ratio = named["sasrec_encode_ms_L1024"] / named["pkm_act_encode_ms_L1024"]
-        assert named["pkm_act_speedup_over_sasrec_L1024"] == pytest.approx(ratio)
-        ratio = named["pkm_act_training_step_mb_L1024"] / named["sasrec_training_step_mb_L1024"]
-        assert named["pkm_act_memory_over_sasrec_L1024"] == pytest.approx(ratio)
-        rows = tables(tmp_path / "a.md")["Cost over the length of the history"]
-        assert [row["L"] for row in rows if row["model"] == "SASRec"] == [str(n) for n in LENGTHS]
-        assert (tmp_path / "a.html").read_text().count("<svg") == 4
+        named = sections.figures(comparison, measured, "tiny")
+        assert named["tiny_sasrec_scoring_ms"] == 1.0
+        assert named["sasrec_encode_ms_L64"] == pytest.approx(64 * 3e-3)
+        assert named["pkm_act_training_step_mb_L512"] == 512 * 250 / 1e6
+        assert named["pkm_act_speedup_over_sasrec_L1024"] == pytest.approx(1.5)
+        assert named["pkm_act_memory_over_sasrec_L1024"] == 0.25
+        section = sections.sections(comparison, measured, ())[-1]
+        assert section.table.rows[0] == ("SASRec", "64", "0.19", "0.1")
+        assert len(section.table.rows) == 2 * len(LENGTHS)
+        assert section.svg is not None
 
     def test_the_parameters_are_the_models(self, pages):
         model = load_model(pages / "gru4rec" / MODEL).model

@@ -1,6 +1,7 @@
 """The training loop: it learns, it is exact, and a kill at any moment changes nothing."""
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -8,22 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.training.runs import run_config
+from tests.training.data.conftest import make_log as make_log
+from tests.training.runs import next_item_config, run_config
 from training.checkpoint import load_model, load_run_state
-from training.config import RunConfig
+from training.config import RunConfig, load_config
 from training.data.log import PreparedLog
 from training.distributed import Worker
-from training.errors import CheckpointError
-from training.tasks import open_task
+from training.errors import CheckpointError, TrainingError
+from training.tasks import NEGATIVES, open_task
 from training.trainer import CHECKPOINT, CONFIG, COST, METRICS, MODEL, REPORT, train
 
 ALONE = Worker(device=torch.device("cpu"))
+SASREC = {"name": "sasrec", "embedding_dim": 8, "layers": 2, "ffn_units": 12}
 
 
 def run(config: RunConfig, log: PreparedLog, folder: Path, resume: bool = False):
@@ -65,6 +69,160 @@ def test_the_run_folder_holds_everything(log, tmp_path):
     assert not re.search(r"(src|href)=.http", page)  # it needs no other host
 
 
+def test_that_of_a_next_item_model_holds_its_negatives_too(log, tmp_path):
+    run(next_item_config(max_epochs=1), log, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {CONFIG, METRICS, MODEL, REPORT, CHECKPOINT, COST, NEGATIVES}
+    assert "full_ndcg10" in (tmp_path / "run" / REPORT).read_text()
+
+
+def test_a_next_item_model_learns_what_follows(make_log, tmp_path):
+    """Every user goes round a circle of ten items; in time its end is where it began."""
+    starts = range(40)
+    log = make_log(
+        {
+            "user": [u for u in starts for _ in range(12)],
+            "item": [1 + (u + n) % 10 for u in starts for n in range(12)],
+            "timestamp": [n for _ in starts for n in range(12)],
+        }
+    )
+    config = next_item_config(
+        next_item={"protocols": ["full_history_included", "uni100"]}, max_epochs=30, patience=30
+    )
+    trained = run(config, log, tmp_path / "run")
+    assert trained.metrics["full_history_included_ndcg10"] > 0.95
+    assert trained.score_kind == "affinity"
+
+
+class TestCost:
+    def cost(self, folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / COST).read_text())
+        return found
+
+    def test_is_what_the_run_took(self, log, tmp_path):
+        trained = run(next_item_config(max_epochs=2), log, tmp_path / "run")
+        cost = self.cost(tmp_path / "run")
+        assert cost["epochs"] == 2
+        assert cost["best_epoch"] in (0, 1)
+        assert cost["trained_s"] > 0
+        assert cost["parameters"] == sum(p.numel() for p in trained.model.parameters())
+        assert cost["device"] == "cpu"
+        assert cost["threads"] == torch.get_num_threads()
+
+    def test_of_a_resumed_run_is_that_of_all_its_steps(self, log, tmp_path):
+        """A clock that ticks once a question: as many seconds as without the stop, about."""
+        config = next_item_config(max_epochs=3)
+        train(config, log, tmp_path / "whole", ALONE, show_progress=False, clock=ticking())
+        asked = ticking(stop_at=20)
+        with pytest.raises(_KilledError):
+            train(config, log, tmp_path / "run", ALONE, show_progress=False, clock=asked)
+        options = {"show_progress": False, "resume": True, "clock": ticking()}
+        train(config, log, tmp_path / "run", ALONE, **options)
+        whole, resumed = self.cost(tmp_path / "whole"), self.cost(tmp_path / "run")
+        assert resumed["trained_s"] == pytest.approx(whole["trained_s"], abs=4)
+        assert resumed | {"trained_s": 0} == whole | {"trained_s": 0}
+
+    def test_of_popularity_is_nothing(self, log, tmp_path):
+        run(run_config(model={"name": "popularity"}), log, tmp_path / "run")
+        cost = self.cost(tmp_path / "run")
+        assert (cost["epochs"], cost["trained_s"], cost["parameters"]) == (0, 0.0, 0)
+
+
+def ticking(*, stop_at: int = 100_000) -> Callable[[], float]:
+    """Return a clock that is a second later whenever it is asked."""
+    seconds = itertools.count()
+
+    def clock() -> float:
+        now = next(seconds)
+        if now >= stop_at:
+            raise _KilledError
+        return float(now)
+
+    return clock
+
+
+class TestTimeLimit:
+    def epochs(self, log: PreparedLog, folder: Path, **train_settings: Any) -> list[dict[str, Any]]:
+        config = next_item_config(max_epochs=6, patience=9, **train_settings)
+        train(config, log, folder, ALONE, show_progress=False, clock=ticking())
+        *epochs, _ = lines(folder)
+        return epochs
+
+    def test_ends_training_with_the_epoch_in_which_it_is_reached(self, log, tmp_path):
+        """The time of validation does not count, nor does a stop in the middle of an epoch."""
+        assert len(self.epochs(log, tmp_path / "free")) == 6
+        epoch_s = json.loads((tmp_path / "free" / COST).read_text())["trained_s"] / 6
+        for limit, n_epochs in ((0.5, 1), (1.0, 1), (2.5, 3), (9.0, 6)):
+            folder = tmp_path / str(limit)
+            epochs = self.epochs(log, folder, max_train_s=limit * epoch_s)
+            assert len(epochs) == n_epochs
+            # The epochs that there are were trained as without a limit.
+            assert epochs == lines(tmp_path / "free")[:n_epochs]
+
+    def test_validates_the_last_epoch_in_any_case(self, log, tmp_path):
+        (epoch,) = self.epochs(log, tmp_path / "run", max_train_s=1.0, validate_every=4)
+        assert "full_ndcg10" in epoch
+        assert (tmp_path / "run" / MODEL).exists()
+
+    def test_ends_a_run_for_good(self, log, tmp_path):
+        config = next_item_config(max_epochs=6, max_train_s=1.0)
+        folder = tmp_path / "run"
+        first = train(config, log, folder, ALONE, show_progress=False, clock=ticking())
+        again = run(config, log, folder, resume=True)
+        assert len(lines(folder)) == 2
+        assert again.metrics == first.metrics
+
+
+class TestValidateEvery:
+    def test_so_many_epochs_and_after_the_last(self, log, tmp_path):
+        run(next_item_config(max_epochs=5, patience=5, validate_every=2), log, tmp_path / "run")
+        *epochs, _ = lines(tmp_path / "run")
+        assert ["full_ndcg10" in line for line in epochs] == [False, True, False, True, True]
+        assert all(line["train_loss"] > 0 for line in epochs)
+        best = load_run_state(tmp_path / "run" / CHECKPOINT).progress
+        validated = {line["epoch"]: line["full_ndcg10"] for line in epochs if len(line) > 3}
+        assert best.best_metric == max(validated.values()) == validated[best.best_epoch]
+
+    def test_patience_counts_validations(self, log, tmp_path):
+        """A learning rate of nearly nothing: what the second epoch is like stays the best."""
+        config = next_item_config(
+            max_epochs=9, patience=2, validate_every=2, learning_rate=1e-12, data=NOTHING_HIDDEN
+        )
+        run(config, log, tmp_path / "run")
+        assert len(lines(tmp_path / "run")) == 2 + 2 * 2 + 1
+
+    def test_trains_the_weights_of_every_epoch(self, log, tmp_path):
+        """It changes when is measured, not what is learned."""
+        for every in (1, 3):
+            config = next_item_config(max_epochs=3, validate_every=every)
+            run(config, log, tmp_path / str(every))
+        one, other = (load_run_state(tmp_path / n / CHECKPOINT) for n in "13")
+        for name, tensor in one.model.items():
+            assert torch.equal(tensor, other.model[name]), name
+
+
+NOTHING_HIDDEN = {"unknown_rate": 0.0}
+
+
+def test_in_bf16_weights_stay_float32_and_training_about_the_same(log, tmp_path):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = next_item_config(precision=precision, batch_size=8)
+        trained = run(config, log, tmp_path / precision)
+        assert {p.dtype for p in trained.model.parameters()} == {torch.float32}
+        found[precision] = [line["train_loss"] for line in lines(tmp_path / precision)[:-1]]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+    assert found["bf16"] != found["fp32"]
+
+
+@pytest.mark.parametrize("config", [run_config, next_item_config], ids=["clicks", "next items"])
+def test_a_run_that_diverges_is_an_error(log, tmp_path, config):
+    """Whose ranks would be numbers all the same."""
+    with pytest.raises(TrainingError, match=r"epoch 1: training diverged, its loss is (nan|inf)"):
+        run(config(learning_rate=1e30), log, tmp_path / "run")
+    assert not (tmp_path / "run" / MODEL).exists()
+
+
 def test_early_stopping_waits_for_patience(log, tmp_path):
     """A learning rate of nearly nothing: the first epoch stays the best."""
     config = run_config(max_epochs=9, patience=2, learning_rate=1e-12)
@@ -88,21 +246,75 @@ class _KilledError(Exception):
     """Stands for a kill: nothing of the run gets to clean up after it."""
 
 
-@pytest.mark.parametrize("batch", [1, 8, 21])
-def test_a_run_that_is_stopped_anywhere_ends_as_if_it_never_was(log, tmp_path, batch):
-    config = run_config()
-    run(config, log, tmp_path / "whole")
-    ticks = iter(range(10_000))
+def stopped_run(config: RunConfig, log: PreparedLog, folder: Path, ticks: int) -> None:
+    """Start a run and stop it when it has asked its clock so often; it does so a few times a batch.
 
-    def dying_clock() -> float:  # asked a few times a batch
-        if next(ticks) > 2 * batch:
+    Resume it then.
+    """
+    asked = itertools.count()
+
+    def dying_clock() -> float:
+        if next(asked) >= ticks:
             raise _KilledError
         return time.monotonic()
 
     with pytest.raises(_KilledError):
-        train(config, log, tmp_path / "stopped", ALONE, show_progress=False, clock=dying_clock)
-    run(config, log, tmp_path / "stopped", resume=True)
+        train(config, log, folder, ALONE, show_progress=False, clock=dying_clock)
+    run(config, log, folder, resume=True)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 21])
+def test_a_run_that_is_stopped_anywhere_ends_as_if_it_never_was(log, tmp_path, batch):
+    run(run_config(), log, tmp_path / "whole")
+    stopped_run(run_config(), log, tmp_path / "stopped", 2 * batch)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+# Everything that is drawn in training: dropout, hidden users and items, negatives, prefixes.
+DRAWN = [
+    pytest.param(
+        {
+            "model": {**SASREC, "dropout": 0.3, "user_embedding": True},
+            "data": {"unknown_rate": 0.1},
+        },
+        id="dropout",
+    ),
+    pytest.param(
+        {"model": SASREC, "next_item": {"loss": "bce", "negatives": "popularity", "rows": "all"}},
+        id="negatives",
+    ),
+    pytest.param(
+        {"model": {"name": "linrec", "embedding_dim": 8, "ffn_units": 8}, "validate_every": 2},
+        id="prefixes",
+    ),
+]
+
+
+@pytest.mark.parametrize("settings", DRAWN)
+def test_so_does_one_of_a_next_item_model_to_the_last_bit(log, tmp_path, settings):
+    """Four batches an epoch, stopped in the first, in the second and between two."""
+    config = next_item_config(**settings, max_epochs=3)
+    run(config, log, tmp_path / "whole")
+    for ticks in (6, 14, 20, 29):
+        folder = tmp_path / f"stopped-{ticks}"
+        stopped_run(config, log, folder, ticks)
+        assert_same_run(tmp_path / "whole", folder)
+
+
+def test_what_a_run_draws_leaves_torchs_generator_as_it_was(log, tmp_path):
+    before = torch.random.get_rng_state()
+    run(next_item_config(max_epochs=1), log, tmp_path / "run")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_each_step_draws_anew(log, tmp_path):
+    """A learning rate of nearly nothing: the loss of an epoch differs by its dropout alone."""
+    model = {**SASREC, "dropout": 0.5}
+    data = {"unknown_rate": 0}
+    config = next_item_config(model=model, data=data, batch_size=60, learning_rate=1e-12)
+    run(config, log, tmp_path / "run")
+    losses = [line["train_loss"] for line in lines(tmp_path / "run")[:-1]]
+    assert len(set(losses)) == 3
 
 
 def test_kill_minus_nine_loses_nothing(world_log, tmp_path):
@@ -175,14 +387,28 @@ def test_gradients_of_shared_batches_add_up(log):
         torch.testing.assert_close(one + other, total, rtol=1e-6, atol=1e-9)
 
 
-def test_two_processes_train_the_model_of_one(world_log, tmp_path):
-    """torchrun with gloo: the same metrics, to rounding."""
-    config = tmp_path / "run.toml"
-    config.write_text(
+RUN_FILES = {
+    "clicks": (
         'name = "two"\n[features]\nhistory_length = 16\n'
         '[model]\nname = "imn"\nembedding_dim = 4\nhead_units = [8]\n'
         "[train]\nbatch_size = 16\nmax_epochs = 2\n"
-    )
+    ),
+    # Of 60 rows, the last batch holds one: the second process has none of it.
+    "next items": (
+        'name = "two"\n[features]\nhistory_length = 16\n'
+        '[data]\nsplit = "leave-one-out"\nunknown_rate = 0.1\n'
+        '[model]\nname = "sasrec"\nembedding_dim = 4\nffn_units = 8\ndropout = 0.0\n'
+        "user_embedding = true\nuser_dropout = 0.0\n"
+        "[train]\nbatch_size = 59\nmax_epochs = 2\nlearning_rate = 0.01\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RUN_FILES)
+def test_two_processes_train_the_model_of_one(world_log, tmp_path, kind):
+    """torchrun with gloo: the same losses, metrics and weights, to rounding."""
+    config = tmp_path / "run.toml"
+    config.write_text(RUN_FILES[kind])
     arguments = ["train", str(config), str(world_log)]
     torchrun = [
         sys.executable,
@@ -198,11 +424,14 @@ def test_two_processes_train_the_model_of_one(world_log, tmp_path):
         timeout=120,
         capture_output=True,
     )
-    subprocess.run(
-        [sys.executable, "-m", "training", *arguments, str(tmp_path / "one"), "--no-progress"],
-        check=True,
-    )
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for name in ("train_loss", "auc", "log_loss"):
-            if name in one:
-                assert two[name] == pytest.approx(one[name], abs=2e-3), name
+    one = load_config(config)
+    train(one, PreparedLog(world_log), tmp_path / "one", ALONE, show_progress=False)
+    both = zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True)
+    for expected, found in both:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            tolerance = 2e-2 if "100" in name else 2e-3
+            assert found[name] == pytest.approx(value, abs=tolerance), name
+    weights = load_model(tmp_path / "one" / MODEL).model.state_dict()
+    for name, tensor in load_model(tmp_path / "two" / MODEL).model.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from training.comparison.costs import LengthCost
+from training.comparison.costs import N_CANDIDATES, LengthCost
 
 _MARKERS = "osD^vP*X"
 _STYLES = ("-", "--", ":", "-.")
@@ -51,8 +51,9 @@ def trade_off(points: Sequence[TradeOff], metric: str) -> str:
             linewidths=0,
         )
         axes.annotate(point.label, (point.latency_ms, point.quality), ha="center", va="center")
+    axes.set_xscale("log")
     axes.margins(0.2)
-    axes.set(xlabel="ms to score 100 candidates", ylabel=metric)
+    axes.set(xlabel=f"ms to score {N_CANDIDATES} candidates", ylabel=metric)
     axes.grid(alpha=0.3)
     return _svg(figure)
 
@@ -92,6 +93,7 @@ def expert_load(load_YE: NDArray[np.float64]) -> str:
             label=f"layer {number + 1}",
         )
     axes.axhline(100 / load_YE.shape[1], color="0.5", linewidth=1, label="all alike")
+    axes.set_xscale("log")
     axes.set(xlabel="expert, the busiest first", ylabel="% of selections", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
@@ -114,6 +116,7 @@ def key_usage(retrievals: Sequence[Retrieval], metric: str) -> str:
                 ticks,
                 [100 * one.usage[layer] for one in row],
                 linestyle=_STYLES[layer % len(_STYLES)],
+                fillstyle="none" if layer else "full",
                 label=f"k = {n_retrieved}, layer {layer + 1}",
                 **look,
             )

@@ -56,13 +56,13 @@ def read_run(folder: Path) -> FinishedRun:
             f"{folder}: holds a run of {config.model.name}, expected one of a next-item model"
         )
     lines = _parsed(folder / METRICS, _lines)
+    metric = f"{config.next_item.protocols[0]}_ndcg10"
     test = next((line for line in lines if line["part"] == "test"), None)
     if test is None:
         raise CheckpointError(f"{folder}: the run is not finished, {METRICS} has no test part")
-    metric = f"{config.next_item.protocols[0]}_ndcg10"
     validations = [line[metric] for line in lines if line["part"] == "valid" and metric in line]
-    if not validations:
-        raise CheckpointError(f"{folder}: {METRICS} has no validation by {metric}")
+    if not validations or metric not in test:
+        raise CheckpointError(f"{folder}: {METRICS} lacks {metric} of validation or test")
     trained = load_model(folder / MODEL)
     if trained.config != config:
         raise CheckpointError(f"{folder}: {CONFIG} and {MODEL} are of different runs")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 
 from training.comparison import plots
 from training.comparison.choice import METRICS, SUBJECT, Comparison, Setup, Spread
+from training.comparison.costs import N_CANDIDATES, TRAINING_BATCH
 from training.comparison.experts import expert_load, key_usage
 from training.comparison.measurements import ExpertUse, Measurements
 from training.comparison.published import Published
+from training.comparison.runs import Cost
 from training.ranking import Protocol
 
 LABELS = {
@@ -209,9 +211,9 @@ def _trade_off(comparison: Comparison, measured: Measurements) -> Section:
     lengths = sorted({s.settings["features.history_length"] for s in comparison.mains.values()})
     return Section(
         title="Quality, latency, parameters",
-        text="Latency: median ms in which torch scores 100 candidates for one user with a full "
-        f"history (L = {', '.join(map(str, lengths))}), processor time of one thread, the models "
-        "in turns. The area of a bubble shows the parameters.",
+        text=f"Latency: median ms in which torch scores {N_CANDIDATES} candidates for one user "
+        f"with a full history (L = {', '.join(map(str, lengths))}), processor time of one thread, "
+        "the models in turns. The area of a bubble shows the parameters.",
         table=Table(("model", head, "ms", "parameters"), tuple(rows)),
         svg=plots.trade_off(points, head),
     )
@@ -285,11 +287,12 @@ def _lengths(measured: Measurements) -> Section:
     ]
     return Section(
         title="Cost over the length of the history",
-        text="Untrained models with the settings of the main setups. Time: median ms to read one "
-        "user's history, of a CPU the processor time of one thread, the models in turns. Memory: "
-        "peak of what torch holds in one training step of 8 full rows, forward and backward in float32 "
-        "with the run's loss of the next item, beside weights and inputs. Causal models learn "
-        f"every position of a row, the others the last one ({LABELS[SUBJECT]} paper, figure 3).",
+        text="Untrained models with the settings of the main setups, in turns. Time: median ms to "
+        "read one user's history, of a CPU the processor time of one thread. Memory: peak of what "
+        f"torch holds in one training step of {TRAINING_BATCH} full rows, forward and backward in "
+        "float32 with the run's loss of the next item, beside weights and inputs. Causal models "
+        "learn every position of a row, the others the last one "
+        f"({LABELS[SUBJECT]} paper, figure 3).",
         table=Table(("model", "L", "ms", "MB"), tuple(rows)),
         svg=plots.lengths({LABELS[name]: costs for name, costs in measured.by_length.items()}),
     )
@@ -357,16 +360,18 @@ def _budget(setup: Setup) -> tuple[str, ...]:
     return (
         ", ".join(f"{cost.epochs} ({cost.best_epoch + 1})" for cost in costs),
         ", ".join(f"{cost.trained_s:,.0f}" for cost in costs),
-        _different(
-            f"{cost.device}, {cost.threads} thread{'s'[: cost.threads > 1]}" for cost in costs
-        ),
+        _different(map(_device, costs)),
         ", ".join(str(run.config.train.seed) for run in setup.runs),
         _different(endings),
         ", ".join(run.folder.name for run in setup.runs),
     )
 
 
-def _different(words: Iterator[str] | list[str]) -> str:
+def _device(cost: Cost) -> str:
+    return f"{cost.device}, {cost.threads} thread{'s' if cost.threads > 1 else ''}"
+
+
+def _different(words: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(words))
 
 

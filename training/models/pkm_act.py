@@ -41,7 +41,8 @@ class Chunks:
 
 class PkmAct(NextItemModel):
     """In each layer, K experts that a user's history retrieves from N x N gather from it, and every
-    behavior reads what they gathered: no behavior looks at all the others, so cost grows with L.
+    behavior reads what they gathered. No behavior looks at all others, so cost grows with L; only
+    tokens that the query network has merged, L / stride of them at most, look at each other.
 
     `form`: "last" is the paper's. The experts gather from the whole row, so that every position
     sees what comes after it, and only the last one can be trained. "causal" cuts the row in chunks
@@ -144,7 +145,7 @@ class PkmAct(NextItemModel):
     def chosen_experts(self, history_items: Tensor, history_buckets: Tensor) -> Tensor:
         """Return the numbers of the experts that the last position is served by, int64
         [layers, B, K], each in 0 .. N * N - 1 of its layer's own: what key usage and expert load
-        are counted from.
+        are counted from. For a model in evaluation mode.
 
         Raises ValueError for a model without product keys.
         """
@@ -540,7 +541,8 @@ def in_chunks(values_BL: Tensor, chunk: int) -> Tensor:
     >>> in_chunks(torch.tensor([[1, 2, 3, 4]]), 3).tolist()
     [[[0, 0, 0], [0, 0, 1], [2, 3, 4]]]
     """
-    # The chunk of nothing makes M at least 2: torch exports no axis that may be 1 or more.
+    # The chunk of nothing makes M at least 2: torch exports no axis that may be 1 or more. Nor does
+    # it see that M divides 3 * M where M is a sum: so ceil(L / W) + 1 is written as one quotient.
     length = values_BL.shape[1]
     n_chunks = (length + 2 * chunk - 1) // chunk
     chunks_M = torch.arange(n_chunks, device=values_BL.device) - n_chunks

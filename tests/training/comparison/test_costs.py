@@ -5,7 +5,14 @@ import torch
 
 from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
 from training.comparison.choice import MODELS
-from training.comparison.costs import Subject, describe_machine, full_rows, scoring_s, step_bytes
+from training.comparison.costs import (
+    Subject,
+    costs_by_length,
+    describe_machine,
+    full_rows,
+    scoring_s,
+    step_bytes,
+)
 from training.config import parse_config
 
 CPU = torch.device("cpu")
@@ -42,6 +49,18 @@ def test_the_step_has_the_loss_of_the_run():
         subject({"name": "gru4rec"}, loss="sampled_softmax", n_negatives=n) for n in (1, 1000)
     )
     assert step_bytes(few, 16, CPU) < step_bytes(many, 16, CPU)
+
+
+def test_each_model_has_a_cost_at_each_length():
+    subjects = {name: subject({"name": name}) for name in ("sasrec", "pkm_act")}
+    costs = costs_by_length(subjects, lengths=(4, 8), device=CPU, rounds=1)
+    assert {name: list(by_length) for name, by_length in costs.items()} == {
+        "sasrec": [4, 8],
+        "pkm_act": [4, 8],
+    }
+    for name, one in subjects.items():
+        assert costs[name][4].encode_s > 0
+        assert costs[name][8].step_bytes == step_bytes(one, 8, CPU)
 
 
 def test_rows_are_full_and_ages_fall():
