@@ -34,6 +34,23 @@ def run(config: RunConfig, log: PreparedLog, folder: Path, resume: bool = False)
     return train(config, log, folder, ALONE, show_progress=False, resume=resume)
 
 
+class _KilledError(Exception):
+    """Stands for a kill: nothing of the run gets to clean up after it."""
+
+
+def ticking(*, stop_at: int = 100_000) -> Callable[[], float]:
+    """Return a clock that is a second later whenever it is asked."""
+    seconds = itertools.count()
+
+    def clock() -> float:
+        now = next(seconds)
+        if now >= stop_at:
+            raise _KilledError
+        return float(now)
+
+    return clock
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
@@ -113,11 +130,7 @@ class TestCost:
         """A clock that ticks once a question: as many seconds as without the stop, about."""
         config = next_item_config(max_epochs=3)
         train(config, log, tmp_path / "whole", ALONE, show_progress=False, clock=ticking())
-        asked = ticking(stop_at=20)
-        with pytest.raises(_KilledError):
-            train(config, log, tmp_path / "run", ALONE, show_progress=False, clock=asked)
-        options = {"show_progress": False, "resume": True, "clock": ticking()}
-        train(config, log, tmp_path / "run", ALONE, **options)
+        stopped_run(config, log, tmp_path / "run", 20)
         whole, resumed = self.cost(tmp_path / "whole"), self.cost(tmp_path / "run")
         assert resumed["trained_s"] == pytest.approx(whole["trained_s"], abs=4)
         assert resumed | {"trained_s": 0} == whole | {"trained_s": 0}
@@ -126,19 +139,6 @@ class TestCost:
         run(run_config(model={"name": "popularity"}), log, tmp_path / "run")
         cost = self.cost(tmp_path / "run")
         assert (cost["epochs"], cost["trained_s"], cost["parameters"]) == (0, 0.0, 0)
-
-
-def ticking(*, stop_at: int = 100_000) -> Callable[[], float]:
-    """Return a clock that is a second later whenever it is asked."""
-    seconds = itertools.count()
-
-    def clock() -> float:
-        now = next(seconds)
-        if now >= stop_at:
-            raise _KilledError
-        return float(now)
-
-    return clock
 
 
 class TestTimeLimit:
@@ -185,9 +185,7 @@ class TestValidateEvery:
 
     def test_patience_counts_validations(self, log, tmp_path):
         """A learning rate of nearly nothing: what the second epoch is like stays the best."""
-        config = next_item_config(
-            max_epochs=9, patience=2, validate_every=2, learning_rate=1e-12, data=NOTHING_HIDDEN
-        )
+        config = next_item_config(max_epochs=9, patience=2, validate_every=2, learning_rate=1e-12)
         run(config, log, tmp_path / "run")
         assert len(lines(tmp_path / "run")) == 2 + 2 * 2 + 1
 
@@ -199,9 +197,6 @@ class TestValidateEvery:
         one, other = (load_run_state(tmp_path / n / CHECKPOINT) for n in "13")
         for name, tensor in one.model.items():
             assert torch.equal(tensor, other.model[name]), name
-
-
-NOTHING_HIDDEN = {"unknown_rate": 0.0}
 
 
 def test_in_bf16_weights_stay_float32_and_training_about_the_same(log, tmp_path):
@@ -242,25 +237,14 @@ def test_another_seed_is_another_run(log, tmp_path):
     assert one.metrics != other.metrics
 
 
-class _KilledError(Exception):
-    """Stands for a kill: nothing of the run gets to clean up after it."""
-
-
 def stopped_run(config: RunConfig, log: PreparedLog, folder: Path, ticks: int) -> None:
     """Start a run and stop it when it has asked its clock so often; it does so a few times a batch.
 
     Resume it then.
     """
-    asked = itertools.count()
-
-    def dying_clock() -> float:
-        if next(asked) >= ticks:
-            raise _KilledError
-        return time.monotonic()
-
     with pytest.raises(_KilledError):
-        train(config, log, folder, ALONE, show_progress=False, clock=dying_clock)
-    run(config, log, folder, resume=True)
+        train(config, log, folder, ALONE, show_progress=False, clock=ticking(stop_at=ticks))
+    train(config, log, folder, ALONE, resume=True, show_progress=False, clock=ticking())
 
 
 @pytest.mark.parametrize("batch", [1, 8, 21])
@@ -434,4 +418,6 @@ def test_two_processes_train_the_model_of_one(world_log, tmp_path, kind):
             assert found[name] == pytest.approx(value, abs=tolerance), name
     weights = load_model(tmp_path / "one" / MODEL).model.state_dict()
     for name, tensor in load_model(tmp_path / "two" / MODEL).model.state_dict().items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4, msg=name)
+        # A bias of keys changes no softmax: its gradient is rounding, which Adam makes large.
+        if not name.endswith("key_value.bias"):
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -17,9 +17,6 @@ from training.models.encoder import ItemEncoder, embedding_table
 from training.models.next_item import AgeInput, NextItemModel, valid_positions
 
 _NORM_EPS = 1e-6
-# Of the items' table before training, as the authors have it: items are met by direction alone, and
-# short vectors turn quickly.
-ITEM_STD = 0.02
 _WEIGHT_STD = 0.02
 # Each bucket of elapsed time is e^0.301 = 1.35 times as long as the one before.
 _LOG_BUCKET = 0.301

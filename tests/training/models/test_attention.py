@@ -125,11 +125,18 @@ class TestAttention:
             MultiHeadAttention(8, 3)
 
 
+def linears(layer: FeedForward) -> tuple[nn.Linear, nn.Linear]:
+    first, _, last = layer.layers
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    return first, last
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_feed_forward_is_two_layers_with_an_activation_between(activation):
     layer = FeedForward(3, 5, activation=activation)
     x = torch.randn(2, 4, 3)
-    first, _, last = layer.layers
+    first, last = linears(layer)
     hidden = x @ first.weight.T + first.bias
     expected = {
         "relu": hidden.clamp(min=0),
@@ -162,7 +169,7 @@ def torch_layer(
         norm_first=norm == "pre",
     )
     layer.self_attn = torch_attention(block.attention)
-    layer.linear1, _, layer.linear2 = block.feed_forward.layers
+    layer.linear1, layer.linear2 = linears(block.feed_forward)
     layer.norm1, layer.norm2 = block.attention_norm, block.feed_forward_norm
     return layer.eval()
 
