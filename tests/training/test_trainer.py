@@ -94,7 +94,7 @@ def test_that_of_a_next_item_model_holds_its_negatives_too(log, tmp_path):
 
 
 def test_a_next_item_model_learns_what_follows(make_log, tmp_path):
-    """Every user goes round a circle of ten items; in time its end is where it began."""
+    """Every user goes round one circle of ten items: what is next is certain."""
     starts = range(40)
     log = make_log(
         {
@@ -277,9 +277,9 @@ DRAWN = [
 @pytest.mark.parametrize("settings", DRAWN)
 def test_so_does_one_of_a_next_item_model_to_the_last_bit(log, tmp_path, settings):
     """Four batches an epoch, stopped in the first, in the second and between two."""
-    config = next_item_config(**settings, max_epochs=3)
+    config = next_item_config(**settings, max_epochs=2)
     run(config, log, tmp_path / "whole")
-    for ticks in (6, 14, 20, 29):
+    for ticks in (6, 14, 22):
         folder = tmp_path / f"stopped-{ticks}"
         stopped_run(config, log, folder, ticks)
         assert_same_run(tmp_path / "whole", folder)

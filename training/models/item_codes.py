@@ -179,8 +179,8 @@ def k_means(points_NF: Tensor, n_clusters: int, generator: torch.Generator) -> T
 
 
 def _spread(points_NF: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """Return points to start from, each drawn by its squared distance to those before it (k-means++:
-    Arthur and Vassilvitskii, 2007), of a sample where there are many.
+    """Return points to start from, each drawn by its squared distance to those before it, of a
+    sample where there are many (k-means++: Arthur and Vassilvitskii, 2007).
     """
     sample_NF = points_NF[torch.randperm(len(points_NF), generator=generator)[:_BLOCK_POINTS]]
     chosen = list(range(min(1, len(sample_NF))))

@@ -114,6 +114,7 @@ def test_later_passes_see_the_memory():
 def test_a_full_untrained_history_does_not_saturate_the_memory():
     """The weights of L behaviors add up to a few, however long the history is."""
     for length in (10, 1000):
+        torch.manual_seed(length)
         attention = MultiWayAttention(8, 8, history_length=length)
         history = torch.randn(1, length, 8, generator=torch.Generator().manual_seed(0)) * 0.1
         target = torch.zeros(1, 1, 8)
