@@ -23,7 +23,7 @@ from training.config import RunConfig, load_config
 from training.data.log import PreparedLog
 from training.distributed import Worker
 from training.errors import CheckpointError, TrainingError
-from training.tasks import NEGATIVES, open_task
+from training.tasks import NEGATIVES, NextItemTask, open_task
 from training.trainer import CHECKPOINT, CONFIG, COST, METRICS, MODEL, REPORT, train
 
 ALONE = Worker(device=torch.device("cpu"))
@@ -291,14 +291,19 @@ def test_what_a_run_draws_leaves_torchs_generator_as_it_was(log, tmp_path):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_each_step_draws_anew(log, tmp_path):
-    """A learning rate of nearly nothing: the loss of an epoch differs by its dropout alone."""
-    model = {**SASREC, "dropout": 0.5}
-    data = {"unknown_rate": 0}
-    config = next_item_config(model=model, data=data, batch_size=60, learning_rate=1e-12)
-    run(config, log, tmp_path / "run")
-    losses = [line["train_loss"] for line in lines(tmp_path / "run")[:-1]]
-    assert len(set(losses)) == 3
+def test_each_step_draws_anew(log, tmp_path, monkeypatch):
+    """In its epoch, and in every other."""
+    draws = []
+    plain_loss = NextItemTask.loss
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        draws.append(torch.random.get_rng_state().numpy().tobytes())
+        return plain_loss(*arguments)
+
+    monkeypatch.setattr(NextItemTask, "loss", loss)
+    run(next_item_config(max_epochs=2), log, tmp_path / "run")
+    assert len(draws) == 2 * 4
+    assert len(set(draws)) == len(draws)
 
 
 def test_kill_minus_nine_loses_nothing(world_log, tmp_path):
