@@ -15,7 +15,7 @@ from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
 from service.settings import Settings
 
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
-USABLE_SHARE = 0.92
+USABLE_SHARE = 0.85
 
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 # A batch is short when it takes no more of the usual deadline than this.

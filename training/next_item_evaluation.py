@@ -43,7 +43,7 @@ class RankingEvaluation:
         self._loader = loader
         self._protocols = tuple(protocols)
         self._pasts = [loader.past_rows(row) for row in range(len(loader))]
-        targets = loader.targets()
+        targets = loader.targets
         self.negatives: dict[Protocol, NDArray[np.int64]] = {
             protocol: draw_negatives(
                 protocol, popularity_R, targets, self._pasts, n_negatives, seed=_NEGATIVES_SEED

@@ -138,14 +138,14 @@ def with_targets_at(data: NextItemData, score: float) -> Tensor:
     """Return scores of 0, and this one for each user's target."""
     scores = torch.zeros(N_USERS + 1, data.catalogue.n_rows)
     loader = data.held_out[Part.TEST]
-    scores[torch.from_numpy(loader.rows.users).long() + 1, torch.from_numpy(loader.targets())] = (
+    scores[torch.from_numpy(loader.rows.users).long() + 1, torch.from_numpy(loader.targets)] = (
         score
     )
     return scores
 
 
 def test_a_perfect_model_has_the_best_of_each_metric(data):
-    known = data.held_out[Part.TEST].targets() >= FIRST_ROW
+    known = data.held_out[Part.TEST].targets >= FIRST_ROW
     assert known.all()
     metrics = evaluation_of(data).metrics(Oracle(with_targets_at(data, 1.0)), CPU)
     assert metrics.pop("n_samples") == N_USERS
@@ -166,7 +166,7 @@ def test_a_model_that_prefers_nothing_ranks_every_target_last(data, score):
     n_items = data.catalogue.n_rows - FIRST_ROW
     assert (ranks["full_history_included"] == n_items).all()
     for m in range(N_USERS):
-        target = int(data.held_out[Part.TEST].targets()[m])
+        target = int(data.held_out[Part.TEST].targets[m])
         past = set(data.held_out[Part.TEST].past_rows(m).tolist())
         # A target that was chosen before stays in the ranking.
         assert ranks["full"][m] == n_items - len(past - {target, UNKNOWN_ROW})
@@ -179,7 +179,7 @@ def test_what_is_older_than_the_model_reads_is_excluded_too(data):
     """A user's oldest item scores highest of all and still is no rival."""
     loader = data.held_out[Part.TEST]
     row = max(range(N_USERS), key=lambda m: len(loader.past_rows(m)))
-    past, target = loader.past_rows(row), loader.targets()[row]
+    past, target = loader.past_rows(row), loader.targets[row]
     oldest = next(int(one) for one in past if one not in {*past[-LENGTH:], target})
     scores = with_targets_at(data, 1.0)
     scores[loader.rows.users[row] + 1, oldest] = 2.0
@@ -191,7 +191,7 @@ def test_what_is_older_than_the_model_reads_is_excluded_too(data):
 def test_an_unknown_target_ranks_last(log):
     """However high the model scores the unknown item."""
     data = open_next_item_data(log, config(min_item_count=5))
-    unknown = data.held_out[Part.TEST].targets() == UNKNOWN_ROW
+    unknown = data.held_out[Part.TEST].targets == UNKNOWN_ROW
     assert unknown.any()
     ranks = evaluation_of(data).ranks(Oracle(with_targets_at(data, 1.0)), CPU)
     n_items = data.catalogue.n_rows - FIRST_ROW

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contract.catalogue import FIRST_ROW, PADDING_ROW, Catalogue
-from contract.encoding import ModelInputs
 from contract.features import FeatureSpec
 from training.data.batches import equal_length_batches, length_sorted_batches
 from training.data.histories import HistoryGatherer
@@ -35,14 +34,6 @@ class SequenceBatch:
     targets: NDArray[np.int64]
     users: NDArray[np.int64]
     n_samples: int
-
-    def model_inputs(self) -> ModelInputs:
-        """Return the inputs as a service would make them, the last target as only candidate."""
-        return ModelInputs(
-            history_items=self.history_items,
-            history_buckets=self.history_buckets,
-            candidate_items=self.targets[:, -1:],
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +216,9 @@ class HeldOutLoader:
         self._log, self._catalogue, self._batch_size = log, catalogue, batch_size
         self._histories = HistoryGatherer(log, catalogue, spec, unknown_rate=0.0)
         self.rows = held_out_rows(log, split, part, spec.history_length)
+        items = log.behaviors["item"][self.rows.ends]
+        self.targets = catalogue.rows(np.ascontiguousarray(items, dtype=np.int64))
+        """The target's row of every row, int64; UNKNOWN_ROW where the catalogue has not got it."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -235,7 +229,7 @@ class HeldOutLoader:
         for chosen in length_sorted_batches(rows.ends - rows.starts, self._batch_size, None):
             longest = max(1, int((rows.ends - rows.starts)[chosen].max()))
             targets_BL = np.full((len(chosen), longest), NO_TARGET, dtype=np.int64)
-            targets_BL[:, -1] = self.targets()[chosen]
+            targets_BL[:, -1] = self.targets[chosen]
             yield (
                 chosen,
                 _batch(
@@ -248,11 +242,6 @@ class HeldOutLoader:
                     np.uint64(0),
                 ),
             )
-
-    def targets(self) -> NDArray[np.int64]:
-        """Return the target's row of every row; UNKNOWN_ROW where the catalogue has not got it."""
-        items = self._log.behaviors["item"][self.rows.ends]
-        return self._catalogue.rows(np.ascontiguousarray(items, dtype=np.int64))
 
     def past_rows(self, row: int) -> NDArray[np.int64]:
         """Return the rows of *all* that the user did before, however long ago."""

@@ -66,8 +66,8 @@ def test_each_users_last_behaviors_are_held_out(log):
     row_of_10, row_of_40 = 2, 5
     valid, test = data.held_out[Part.VALID], data.held_out[Part.TEST]
     assert set(data.held_out) == {Part.VALID, Part.TEST}
-    assert valid.targets().tolist() == [row_of_40, row_of_10]
-    assert test.targets().tolist() == [UNKNOWN_ROW, UNKNOWN_ROW]
+    assert valid.targets.tolist() == [row_of_40, row_of_10]
+    assert test.targets.tolist() == [UNKNOWN_ROW, UNKNOWN_ROW]
     assert test.past_rows(0).tolist() == [2, 3, 2, 5]
 
 

@@ -368,7 +368,7 @@ class TestHeldOut:
         widths = [batch.history_items.shape[1] for _, batch in batches]
         assert widths == sorted(widths)
         for chosen, batch in batches:
-            assert batch.targets[:, -1].tolist() == one.targets()[chosen].tolist()
+            assert batch.targets[:, -1].tolist() == one.targets[chosen].tolist()
 
     def test_ages_are_told_at_the_time_of_the_target(self, log, split, catalogue):
         for _, batch in self.loader(log, split, catalogue, Part.TEST).batches():
@@ -392,7 +392,7 @@ class TestHeldOut:
             for user in USERS
             if N_BEHAVIORS[user - 1] >= 3
         ]
-        assert np.minimum(one.targets(), 2).tolist() == expected
+        assert np.minimum(one.targets, 2).tolist() == expected
         assert len(one) == len(expected)
 
     def test_without_a_held_out_behavior_there_is_no_batch(self, make_log):
