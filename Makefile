@@ -55,6 +55,7 @@ bench: install
 	$(RUN) -m tests.benchmarks.imn_graphs
 	$(RUN) -m tests.benchmarks.encoding
 	$(RUN) -m tests.benchmarks.loader
+	$(RUN) -m tests.benchmarks.product_keys
 	$(if $(DATA),$(RUN) -m tests.benchmarks.prepare '$(DATA)')
 	for name in engine length overhead overload soak peers; do $(RUN) -m loadtest $$name || exit 1; done
 

@@ -138,9 +138,7 @@ def with_targets_at(data: NextItemData, score: float) -> Tensor:
     """Return scores of 0, and this one for each user's target."""
     scores = torch.zeros(N_USERS + 1, data.catalogue.n_rows)
     loader = data.held_out[Part.TEST]
-    scores[torch.from_numpy(loader.rows.users).long() + 1, torch.from_numpy(loader.targets)] = (
-        score
-    )
+    scores[torch.from_numpy(loader.rows.users).long() + 1, torch.from_numpy(loader.targets)] = score
     return scores
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from contract.features import FeatureSpec
 from training.models.attention import TransformerBlock, attention_bias
 from training.models.encoder import ItemEncoder, embedding_table
-from training.models.next_item import NO_TARGET, NextItemModel, valid_positions
+from training.models.next_item import (
+    EMBEDDING_STD,
+    NO_TARGET,
+    NextItemModel,
+    valid_positions,
+)
 
 # The share of rows of which training hides the last item alone, as serving does: cloze hardly ever
 # shows a row whose only gap is its end (section 3.6). The authors' data for ML-1M holds one such
@@ -47,8 +52,8 @@ class BERT4Rec(NextItemModel):
         self.target_share = mask_rate
         self.n_places = spec.history_length + 1
         self.mask = nn.Parameter(torch.empty(embedding_dim))
-        nn.init.normal_(self.mask, std=embedding_dim**-0.5)
-        self.positions = embedding_table(self.n_places, embedding_dim)
+        nn.init.normal_(self.mask, std=EMBEDDING_STD)
+        self.positions = embedding_table(self.n_places, embedding_dim, std=EMBEDDING_STD)
         self.norm = nn.LayerNorm(embedding_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(

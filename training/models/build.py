@@ -31,15 +31,11 @@ from training.models.hstu import HSTU
 from training.models.imn import IterativeMemoryNetwork
 from training.models.item_codes import ItemCodes
 from training.models.linrec import LinRec
-from training.models.next_item import NextItemModel
+from training.models.next_item import EMBEDDING_STD, NextItemModel
 from training.models.pkm_act import PkmAct
 from training.models.popularity import Popularity
 from training.models.sasrec import SASRec
 from training.models.youtube_dnn import YouTubeDNN
-
-# Of the items of next-item models before training. A target is found by the direction of its
-# vector, and short vectors turn quickly.
-NEXT_ITEM_STD = 0.02
 
 
 def build_model(
@@ -201,7 +197,7 @@ def _next_items(
     config: NextItemModelConfig, n_rows: int, code_of_row: Tensor | None
 ) -> ItemEncoder:
     if not (isinstance(config, SasRecConfig) and config.codes):
-        return ItemEncoder(n_rows, config.embedding_dim, std=NEXT_ITEM_STD)
+        return ItemEncoder(n_rows, config.embedding_dim, std=EMBEDDING_STD)
     if code_of_row is None:
         code_of_row = torch.zeros(n_rows, config.codes, dtype=torch.int64)
     return ItemCodes(

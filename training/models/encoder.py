@@ -60,18 +60,19 @@ class HistoryEncoder(nn.Module):
     """e_j = item + time buckets + position of behavior j, exactly 0 for padding (IMN, section 3.1).
 
     The items' table belongs to the caller, which embeds the candidates with it too. Granularities
-    on a linear scale have no table and are not looked at.
+    on a linear scale have no table and are not looked at. `std`: as in ItemEncoder.
     """
 
-    def __init__(self, spec: FeatureSpec, embedding_dim: int) -> None:
+    def __init__(self, spec: FeatureSpec, embedding_dim: int, *, std: float | None = None) -> None:
         super().__init__()
         self.history_length = spec.history_length
         # Rows oldest first: a shorter history takes the last ones, so that a behavior keeps its
         # position however long the row is that it stands in.
-        self.positions = embedding_table(spec.history_length, embedding_dim)
+        self.positions = embedding_table(spec.history_length, embedding_dim, std=std)
         self.scales = [g for g, one in enumerate(spec.granularities) if one.scale == "doubling"]
         self.buckets = nn.ModuleList(
-            embedding_table(spec.granularities[g].n_buckets, embedding_dim) for g in self.scales
+            embedding_table(spec.granularities[g].n_buckets, embedding_dim, std=std)
+            for g in self.scales
         )
 
     def forward(

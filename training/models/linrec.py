@@ -12,7 +12,7 @@ from torch.nn import functional
 from contract.features import FeatureSpec
 from training.models.attention import FeedForward
 from training.models.encoder import ItemEncoder, embedding_table
-from training.models.next_item import NextItemModel, valid_positions
+from training.models.next_item import EMBEDDING_STD, NextItemModel, valid_positions
 
 # Prefix sums cost L * (S + E^2 / S) numbers a head: the least near S = E.
 _CHUNK = 32
@@ -42,7 +42,7 @@ class LinRec(NextItemModel):
         super().__init__(items)
         self.causal = causal
         self.history_length = spec.history_length
-        self.positions = embedding_table(spec.history_length, embedding_dim)
+        self.positions = embedding_table(spec.history_length, embedding_dim, std=EMBEDDING_STD)
         self.norm = nn.LayerNorm(embedding_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(

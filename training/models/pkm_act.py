@@ -18,7 +18,13 @@ from contract.features import AGE_SECONDS, MAX_ELAPSED_UNITS, FeatureSpec
 from training.errors import ConfigError
 from training.models.attention import FeedForward, MultiHeadAttention, attention_bias
 from training.models.encoder import HistoryEncoder, ItemEncoder, embedding_table
-from training.models.next_item import AgeInput, NextItemModel, doubling_buckets, valid_positions
+from training.models.next_item import (
+    EMBEDDING_STD,
+    AgeInput,
+    NextItemModel,
+    doubling_buckets,
+    valid_positions,
+)
 from training.models.product_keys import ProductKeys
 
 Form = Literal["last", "causal"]
@@ -182,7 +188,7 @@ class RowTokens(nn.Module):
                 "features.granularities: time_features needs one with scale = 'doubling', "
                 f"got {[one.name for one in spec.granularities]}"
             )
-        self.history = HistoryEncoder(spec, width)
+        self.history = HistoryEncoder(spec, width, std=EMBEDDING_STD)
 
     def forward(
         self, items: ItemEncoder, history_items_BL: Tensor, history_buckets_BLG: Tensor
@@ -199,7 +205,9 @@ class ChunkTokens(nn.Module):
         super().__init__()
         self.chunk = chunk
         self.ages = AgeInput.of(spec, "time_features of the causal form") if time_features else None
-        self.waits = embedding_table(TIME_BUCKETS, width) if time_features else None
+        self.waits = (
+            embedding_table(TIME_BUCKETS, width, std=EMBEDDING_STD) if time_features else None
+        )
 
     def forward(
         self, items: ItemEncoder, history_items_BL: Tensor, history_buckets_BLG: Tensor
