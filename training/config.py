@@ -269,6 +269,11 @@ class NextItemConfig(_Settings):
     consistency_weight: Weight = 0.0
     consistency_stop: Literal["none", "own", "rebuilt"] = "none"
 
+    @property
+    def watched_metric(self) -> str:
+        """The name of what validation watches."""
+        return f"{self.protocols[0]}_ndcg10"
+
 
 class TrainConfig(_Settings):
     """How a model is trained: Adam, early stopping on what validation measures (click models:

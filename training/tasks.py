@@ -137,7 +137,7 @@ class NextItemTask:
 
     def __init__(self, log: PreparedLog, config: RunConfig) -> None:
         settings = config.next_item
-        self.metric = f"{settings.protocols[0]}_ndcg10"
+        self.metric = settings.watched_metric
         self.data = open_next_item_data(log, config)
         self.catalogue = self.data.catalogue
         self.item_counts = self.data.item_counts

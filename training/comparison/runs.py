@@ -56,7 +56,7 @@ def read_run(folder: Path) -> FinishedRun:
             f"{folder}: holds a run of {config.model.name}, expected one of a next-item model"
         )
     lines = _parsed(folder / METRICS, _lines)
-    metric = f"{config.next_item.protocols[0]}_ndcg10"
+    metric = config.next_item.watched_metric
     test = next((line for line in lines if line["part"] == "test"), None)
     if test is None:
         raise CheckpointError(f"{folder}: the run is not finished, {METRICS} has no test part")

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.catalogue import FIRST_ROW, UNKNOWN_ROW
+from tests.training.models.literal_transformer import torch_layer
 from tests.training.models.next_item_checks import (
     N_ROWS,
     SPEC,
@@ -41,33 +42,6 @@ def bert4rec(mask_rate: float = 0.3) -> BERT4Rec:
     return model
 
 
-def torch_layer(block: TransformerBlock) -> nn.TransformerEncoderLayer:
-    """Return torch's own layer with the weights of a block."""
-    attention = block.attention
-    layer = nn.TransformerEncoderLayer(
-        WIDTH, 2, dim_feedforward=12, activation="gelu", batch_first=True, norm_first=False
-    )
-    layer.load_state_dict(
-        {
-            "self_attn.in_proj_weight": torch.cat(
-                [attention.query.weight, attention.key_value.weight]
-            ),
-            "self_attn.in_proj_bias": torch.cat([attention.query.bias, attention.key_value.bias]),
-            "self_attn.out_proj.weight": attention.output.weight,
-            "self_attn.out_proj.bias": attention.output.bias,
-            "linear1.weight": block.feed_forward.layers[0].weight,
-            "linear1.bias": block.feed_forward.layers[0].bias,
-            "linear2.weight": block.feed_forward.layers[-1].weight,
-            "linear2.bias": block.feed_forward.layers[-1].bias,
-            "norm1.weight": block.attention_norm.weight,
-            "norm1.bias": block.attention_norm.bias,
-            "norm2.weight": block.feed_forward_norm.weight,
-            "norm2.bias": block.feed_forward_norm.bias,
-        }
-    )
-    return layer.eval()
-
-
 def literal_vectors(model: BERT4Rec, row: list[int | None], *, n_after: int = 0) -> Tensor:
     """Return the user vectors of one row without padding, [places, D + 1]; None is a mask.
 
@@ -79,7 +53,7 @@ def literal_vectors(model: BERT4Rec, row: list[int | None], *, n_after: int = 0)
     x = nn.functional.layer_norm(x, (WIDTH,), model.norm.weight, model.norm.bias).unsqueeze(0)
     for block in model.blocks:
         assert isinstance(block, TransformerBlock)
-        x = torch_layer(block)(x)
+        x = torch_layer(block, "post")(x)
     dense, _, norm = model.head
     assert isinstance(dense, nn.Linear)
     assert isinstance(norm, nn.LayerNorm)

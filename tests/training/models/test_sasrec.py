@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from tests.training.models.literal_transformer import torch_layer
 from tests.training.models.next_item_checks import (
     N_ROWS,
     SPEC,
@@ -68,38 +69,6 @@ def _seed():
 
 both_positions = pytest.mark.parametrize("positions", ["row", "relative"])
 norms = pytest.mark.parametrize("norm", ["pre", "post"])
-
-
-def torch_layer(block: TransformerBlock, norm: Norm) -> nn.TransformerEncoderLayer:
-    """Return torch's own layer with the weights of a block."""
-    attention = block.attention
-    layer = nn.TransformerEncoderLayer(
-        WIDTH,
-        N_HEADS,
-        dim_feedforward=12,
-        activation="gelu",
-        batch_first=True,
-        norm_first=norm == "pre",
-    )
-    layer.load_state_dict(
-        {
-            "self_attn.in_proj_weight": torch.cat(
-                [attention.query.weight, attention.key_value.weight]
-            ),
-            "self_attn.in_proj_bias": torch.cat([attention.query.bias, attention.key_value.bias]),
-            "self_attn.out_proj.weight": attention.output.weight,
-            "self_attn.out_proj.bias": attention.output.bias,
-            "linear1.weight": block.feed_forward.layers[0].weight,
-            "linear1.bias": block.feed_forward.layers[0].bias,
-            "linear2.weight": block.feed_forward.layers[-1].weight,
-            "linear2.bias": block.feed_forward.layers[-1].bias,
-            "norm1.weight": block.attention_norm.weight,
-            "norm1.bias": block.attention_norm.bias,
-            "norm2.weight": block.feed_forward_norm.weight,
-            "norm2.bias": block.feed_forward_norm.bias,
-        }
-    )
-    return layer.eval()
 
 
 def literal_vectors(model: SASRec, items: list[int], norm: Norm) -> Tensor:
