@@ -99,7 +99,7 @@ class SasRecConfig(_AttentionSettings):
     heads: Positive = 2
     ffn_units: Positive = 256
     dropout: Rate = 0.2
-    norm: Literal["pre", "post"] = "pre"
+    norm: Literal["pre", "post", "query"] = "pre"
     positions: Literal["row", "relative"] = "row"
     mask_padding: bool = True
     user_embedding: bool = False

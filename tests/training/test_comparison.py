@@ -15,7 +15,7 @@ from training.checkpoint import load_model
 from training.comparison import sections
 from training.comparison.choice import METRICS, MODELS, compare
 from training.comparison.costs import LENGTHS, LengthCost
-from training.comparison.measurements import Measurements, retrieval_setups
+from training.comparison.measurements import Measurements, cost_subjects, retrieval_setups
 from training.comparison.page import write_comparison
 from training.comparison.published import published
 from training.comparison.sections import LABELS
@@ -396,6 +396,22 @@ class TestPages:
         assert section.table.rows[0] == ("SASRec", "64", "0.19", "0.1")
         assert len(section.table.rows) == 2 * len(LENGTHS)
         assert section.svg is not None
+
+    def test_costs_are_taken_of_both_forms_and_of_the_published_baseline(
+        self, runs, world_log, tmp_path
+    ):
+        log = PreparedLog(world_log)
+        write_run(tmp_path / "causal", log, {**PKM_ACT, "form": "causal", "time_features": False})
+        folders = [runs / "sasrec-1", runs / "pkm-1", tmp_path / "causal"]
+        comparison = compare(folders, log)
+        main = comparison.mains["pkm_act"].settings["model.form"]
+        subjects = cost_subjects(comparison, log)
+        other = {"last": "causal", "causal": "last"}[main]
+        assert list(subjects) == ["sasrec", "pkm_act", "sasrec_as_published", f"pkm_act_{other}"]
+        assert [name for name, one in subjects.items() if one.as_published] == [
+            "sasrec_as_published"
+        ]
+        assert subjects[f"pkm_act_{other}"].config.model.model_dump()["form"] == other
 
     def test_the_parameters_are_the_models(self, pages):
         model = load_model(pages / "gru4rec" / MODEL).model

@@ -23,6 +23,7 @@ MODELS: tuple[str, ...] = tuple(
     get_args(config.model_fields["name"].annotation)[0] for config in get_args(NextItemModelConfig)
 )
 SUBJECT = "pkm_act"
+BASELINE = "sasrec"
 # What does not make another experiment of a run.
 _SEED = "train.seed"
 _INDIFFERENT = ("name", _SEED, "train.checkpoint_every_s")

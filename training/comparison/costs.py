@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contract.catalogue import FIRST_ROW
 from contract.features import FeatureSpec
@@ -41,11 +42,16 @@ _QUIET = ("KINETO_LOG_LEVEL", "99")
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model to be built untrained: `n_rows` of the catalogue, `n_users` of the log."""
+    """A model to be built untrained: `n_rows` of the catalogue, `n_users` of the log.
+
+    `as_published`: all positions are read, not what the last one needs alone, and all attention
+    weights stand in memory, as in the code that papers measure.
+    """
 
     config: RunConfig
     n_rows: int
     n_users: int
+    as_published: bool = False
 
     def build(self, history_length: int) -> tuple[NextItemModel, FeatureSpec]:
         """Return the run's model for histories of another length, and its spec."""
@@ -61,6 +67,10 @@ class Subject:
         assert isinstance(model, NextItemModel)
         return model, spec
 
+    def attention(self) -> AbstractContextManager[object]:
+        """Return what the model has to run in."""
+        return sdpa_kernel(SDPBackend.MATH) if self.as_published else nullcontext()
+
     @property
     def item_counts(self) -> Tensor:
         """Return one behavior for each item, int64 [n_rows]: what is rare costs no less."""
@@ -69,7 +79,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthCost:
-    """Of one model at one history length: median seconds of `encode_last` for one user, and bytes
+    """Of one model at one history length: median seconds to read one user's history, and bytes
     that a training step of `TRAINING_BATCH` full rows needs at its peak beside weights and inputs.
     """
 
@@ -144,7 +154,10 @@ def step_bytes(subject: Subject, history_length: int, device: torch.device) -> i
         learned = Targets(vectors=vectors_ND, rows=rows_N, origins=origins_N, own=items_BL)
         loss(learned, model.item_table()).backward()  # type: ignore[no-untyped-call]
 
-    return _peak_bytes_on_gpu(step, device) if device.type == "cuda" else _peak_bytes_on_cpu(step)
+    with subject.attention():
+        if device.type == "cuda":
+            return _peak_bytes_on_gpu(step, device)
+        return _peak_bytes_on_cpu(step)
 
 
 def full_rows(n_rows: int, spec: FeatureSpec, batch: int) -> tuple[Tensor, Tensor]:
@@ -182,8 +195,11 @@ def _encode_s(
         model = model.to(device).eval()
         items_BL, buckets_BLG = (rows.to(device) for rows in full_rows(subject.n_rows, spec, 1))
 
+        read = model.encode if subject.as_published else model.encode_last
+
         def encode() -> None:
-            model.encode_last(items_BL, buckets_BLG)
+            with subject.attention():
+                read(items_BL, buckets_BLG)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 

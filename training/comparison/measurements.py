@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from contract.catalogue import FIRST_ROW
 from training.checkpoint import load_model
-from training.comparison.choice import SUBJECT, Comparison, Setup
+from training.comparison.choice import BASELINE, SUBJECT, Comparison, Setup
 from training.comparison.costs import LengthCost, Subject, costs_by_length, scoring_s
 from training.comparison.experts import selections
 from training.data.log import PreparedLog
@@ -30,7 +31,8 @@ class ExpertUse:
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
     """`scoring_s`: of each main model, seconds to score 100 candidates. `experts`: of PKM-ACT,
-    nothing where no run has product keys. `by_length`: of each main model, nothing unless asked.
+    nothing where no run has product keys. `by_length`: of each main model, of the other form of
+    PKM-ACT where a run has it, and of SASRec as published; nothing unless asked.
     """
 
     scoring_s: dict[str, float]
@@ -52,14 +54,6 @@ def measure(
     for name, one in trained.items():
         assert isinstance(one.model, NextItemModel)
         models[name] = one.model
-    subjects = {
-        name: Subject(
-            config=trained[name].config,
-            n_rows=len(model.item_table()),
-            n_users=log.header.n_users,
-        )
-        for name, model in models.items()
-    }
     return Measurements(
         scoring_s=scoring_s(
             {name: (model, trained[name].config.features) for name, model in models.items()}
@@ -68,8 +62,31 @@ def measure(
             ExpertUse(setup=setup, counts=tuple(selections(run, log) for run in setup.runs))
             for setup in retrieval_setups(comparison)
         ),
-        by_length=costs_by_length(subjects, device=device) if costs else {},
+        by_length=costs_by_length(cost_subjects(comparison, log), device=device) if costs else {},
     )
+
+
+def cost_subjects(comparison: Comparison, log: PreparedLog) -> dict[str, Subject]:
+    """Return what is built to measure costs, by the name that its figures begin with."""
+
+    def subject(setup: Setup, *, as_published: bool = False) -> Subject:
+        return Subject(
+            config=setup.runs[0].config,
+            n_rows=FIRST_ROW + log.header.n_items,
+            n_users=log.header.n_users,
+            as_published=as_published,
+        )
+
+    subjects = {name: subject(setup) for name, setup in comparison.mains.items()}
+    if BASELINE in comparison.mains:
+        subjects[f"{BASELINE}_as_published"] = subject(
+            comparison.mains[BASELINE], as_published=True
+        )
+    for variant in comparison.variants:  # of each model the best first
+        form = comparison.differences(variant).get("model.form")
+        if form is not None:
+            subjects.setdefault(f"{variant.model}_{form[0]}", subject(variant))
+    return subjects
 
 
 def retrieval_setups(comparison: Comparison) -> list[Setup]:

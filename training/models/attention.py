@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Norm = Literal["pre", "post"]
+Norm = Literal["pre", "post", "query"]
 # Finite: a softmax over nothing but padding is then even, not NaN; what it gives is masked.
 MASKED = -1e9
 
@@ -86,7 +86,12 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each with a residual; layer norm before (pre) or after (post)."""
+    """Attention and feed-forward, each with a residual.
+
+    `norm`: "pre" or "post" normalises before or after either. "query" is what SASRec's authors
+    published as code: queries are normalised, keys and values are not, and the residual goes
+    around from behind the norm.
+    """
 
     def __init__(
         self,
@@ -99,7 +104,7 @@ class TransformerBlock(nn.Module):
         activation: Literal["relu", "gelu"] = "gelu",
     ) -> None:
         super().__init__()
-        self.pre = norm == "pre"
+        self.norm = norm
         self.attention = MultiHeadAttention(width, n_heads)
         self.attention_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, ffn_units, activation=activation)
@@ -112,11 +117,15 @@ class TransformerBlock(nn.Module):
         `bias`: of `attention_bias`, with as many queries as are returned.
         """
         residual = x_BLD[:, -1:] if last_only else x_BLD
-        if self.pre:
+        if self.norm == "pre":
             memory = self.attention_norm(x_BLD)
             query = memory[:, -1:] if last_only else memory
             x: Tensor = residual + self.dropout(self.attention(query, memory, bias))
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        elif self.norm == "query":
+            query = self.attention_norm(residual)
+            x = self.feed_forward_norm(query + self.dropout(self.attention(query, x_BLD, bias)))
+            x = x + self.dropout(self.feed_forward(x))
         else:
             x = self.attention_norm(residual + self.dropout(self.attention(residual, x_BLD, bias)))
             x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))

@@ -1,11 +1,14 @@
 """Costs: memory is what the tensors of a step take, and grows with the history."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
 from training.comparison.choice import MODELS
 from training.comparison.costs import (
+    TRAINING_BATCH,
     Subject,
     costs_by_length,
     describe_machine,
@@ -14,6 +17,7 @@ from training.comparison.costs import (
     step_bytes,
 )
 from training.config import parse_config
+from training.models.sasrec import SASRec
 
 CPU = torch.device("cpu")
 
@@ -61,6 +65,21 @@ def test_each_model_has_a_cost_at_each_length():
     for name, one in subjects.items():
         assert costs[name][4].encode_s > 0
         assert costs[name][8].step_bytes == step_bytes(one, 8, CPU)
+
+
+def test_attention_weights_as_published_grow_with_the_square_of_the_history():
+    """Heads * L * L of them in float32, kept for the way back."""
+    fused = subject({"name": "sasrec"})
+    published = replace(fused, as_published=True)
+    weights = 4 * TRAINING_BATCH * 2 * 256 * 256
+    assert step_bytes(published, 256, CPU) > step_bytes(fused, 256, CPU) + weights
+
+
+def test_as_published_all_positions_are_read(monkeypatch):
+    published = replace(subject({"name": "sasrec"}), as_published=True)
+    monkeypatch.setattr(SASRec, "encode_last", lambda *_: pytest.fail("reads the last one alone"))
+    costs = costs_by_length({"sasrec": published}, lengths=(4,), device=CPU, rounds=1)
+    assert costs["sasrec"][4].encode_s > 0
 
 
 def test_rows_are_full_and_ages_fall():

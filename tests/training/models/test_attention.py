@@ -174,11 +174,11 @@ def torch_layer(
     return layer.eval()
 
 
-norms = pytest.mark.parametrize("norm", ["pre", "post"])
+norms = pytest.mark.parametrize("norm", ["pre", "post", "query"])
 
 
 class TestBlock:
-    @norms
+    @pytest.mark.parametrize("norm", ["pre", "post"])
     @pytest.mark.parametrize("activation", ["relu", "gelu"])
     def test_is_torchs_own(self, norm, activation):
         block, x = block_of(norm, activation), rows()[:2]
@@ -192,6 +192,18 @@ class TestBlock:
             )
             found = block(x, attention_bias(VALID[:2], causal=True))
         torch.testing.assert_close(found[seen], expected[seen])
+
+    def test_normalises_queries_alone_where_that_is_asked_for(self):
+        """As in the code of SASRec's authors, with attention by torch's own."""
+        block, x = block_of("query"), rows()[1:2]
+        with torch.no_grad():
+            query = block.attention_norm(x)
+            causal = torch.full((5, 5), -math.inf).triu(1)
+            met, _ = torch_attention(block.attention)(query, x, x, attn_mask=causal)
+            y = block.feed_forward_norm(query + met)
+            expected = y + block.feed_forward(y)
+            found = block(x, attention_bias(VALID[1:2], causal=True))
+        torch.testing.assert_close(found, expected)
 
     @norms
     def test_of_the_last_position_alone_is_the_last_of_all(self, norm):
@@ -207,7 +219,7 @@ class TestBlock:
         block, x = block_of(norm, dropout=1.0), rows()
         bias = attention_bias(VALID, causal=True)
         expected = x
-        if norm == "post":
+        if norm != "pre":
             expected = block.feed_forward_norm(block.attention_norm(x))
         torch.testing.assert_close(block.train()(x, bias), expected)
         assert not torch.allclose(block.eval()(x, bias), expected, atol=0.1)

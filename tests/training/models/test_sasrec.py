@@ -68,7 +68,7 @@ def _seed():
 
 
 both_positions = pytest.mark.parametrize("positions", ["row", "relative"])
-norms = pytest.mark.parametrize("norm", ["pre", "post"])
+norms = pytest.mark.parametrize("norm", ["pre", "post", "query"])
 
 
 def literal_vectors(model: SASRec, items: list[int], norm: Norm) -> Tensor:
@@ -92,7 +92,7 @@ def literal_vectors(model: SASRec, items: list[int], norm: Norm) -> Tensor:
 
 class TestVectors:
     @both_positions
-    @norms
+    @pytest.mark.parametrize("norm", ["pre", "post"])
     def test_are_those_of_torchs_own_layers(self, positions, norm):
         model = sasrec(positions=positions, norm=norm)
         items, buckets = histories(model, SPEC, [12, 5, 1])
