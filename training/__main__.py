@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--data", default="ml1m", metavar="NAME", help="the log's name in figures")
     one.add_argument("--costs", action="store_true", help="time and memory over L; takes minutes")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --costs")
+    one.add_argument(
+        "--cite", type=Path, nargs="*", default=[], help="twins of other pages: figures to repeat"
+    )
     one.set_defaults(run=_compare)
     return parser
 
@@ -189,6 +192,7 @@ def _compare(options: argparse.Namespace) -> int:
         data=options.data,
         command=_command(options),
         costs=options.costs,
+        cited=options.cite,
         device=torch.device(options.device),
     )
     print(f"{options.page}, {options.page.with_suffix('.json')}, {options.html}")
@@ -202,6 +206,8 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--data", options.data]
     if options.costs:
         words += ["--costs", "--device", options.device]
+    if options.cite:
+        words += ["--cite", *options.cite]
     return shlex.join(
         word.name if isinstance(word, Path) and word.is_absolute() else str(word) for word in words
     )

@@ -240,6 +240,33 @@ class TestChoice:
         assert compare(folders, PreparedLog(world_log)).test_of_lead("full_ndcg20") is None
 
 
+class TestCitations:
+    def test_figures_of_other_pages_stand_beside_the_own(self, runs, world_log, tmp_path):
+        (tmp_path / "keys.json").write_text('{"figures": {"retrieval_us": 23.25}}')
+        arguments = [str(runs / "gru4rec"), "--log", str(world_log), "--data", "tiny"]
+        targets = ["--page", str(tmp_path / "next_item.md"), "--html", str(tmp_path / "out.html")]
+        cited = ["--cite", str(tmp_path / "keys.json")]
+        assert main(["compare", *arguments, *targets, *cited]) == 0
+        assert figures(tmp_path)["retrieval_us"] == 23.25
+        assert tables(tmp_path / "next_item.md")["From keys.md"] == [
+            {"figure": "retrieval_us", "value": "23.25"}
+        ]
+        assert "--cite keys.json" in (tmp_path / "next_item.md").read_text()
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"figures": {"a": "b"}}', '{"figures": 1}'])
+    def test_what_is_no_page_of_figures_is_refused_before_anything_is_measured(
+        self, runs, world_log, tmp_path, text
+    ):
+        (tmp_path / "keys.json").write_text(text)
+        with pytest.raises(ConfigError, match=r'keys\.json: expected JSON with "figures"'):
+            write_comparison(
+                [runs / "gru4rec"], PreparedLog(world_log), page=tmp_path / "a.md",
+                html=tmp_path / "a.html", data="tiny", command="", device=CPU,
+                cited=[tmp_path / "keys.json"],
+            )  # fmt: skip
+        assert not (tmp_path / "a.md").exists()
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "message"),

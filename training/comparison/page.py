@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,22 +30,26 @@ def write_comparison(
     data: str,
     command: str,
     costs: bool = False,
+    cited: Sequence[Path] = (),
     device: torch.device,
 ) -> None:
     """Compare finished runs and write `page`, its JSON twin and `html`.
 
     `data`: the log's name in figures, by which published ones are found, too. `costs`: measure cost
-    over the history length, on `device`. Raises CheckpointError and ConfigError (`compare`).
+    over the history length, on `device`. `cited`: twins of other pages, whose figures are repeated.
+    Raises CheckpointError and ConfigError (`compare`).
     """
     _check_targets(page, html)
+    citations = {path.stem: _figures_of(path) for path in cited}
     others = published(data, log.header.n_users)
     comparison = compare(folders, log)
     measured = measure(comparison, log, costs=costs, device=device)
     content = _Content(
         title=f"Next-item models on {data}",
         intro=_intro(comparison, log),
-        sections=sections(comparison, measured, others),
-        figures=figures(comparison, measured, data),
+        sections=sections(comparison, measured, others) + _cited_sections(citations),
+        figures=figures(comparison, measured, data)
+        | {name: value for twin in citations.values() for name, value in twin.items()},
         command=command,
         machine=describe_machine(device),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -72,6 +76,30 @@ def _check_targets(page: Path, html: Path) -> None:
     for path in (page, html):
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}")
+
+
+def _figures_of(twin: Path) -> dict[str, float]:
+    try:
+        figures = json.loads(twin.read_text())["figures"]
+        return {str(name): float(value) for name, value in figures.items()}
+    except OSError as error:
+        raise ConfigError(f"{twin}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'{twin}: expected JSON with "figures", numbers by name') from error
+
+
+def _cited_sections(citations: Mapping[str, Mapping[str, float]]) -> list[Section]:
+    return [
+        Section(
+            title=f"From {stem}.md",
+            text="Measured by a command of its own, which stands on that page.",
+            table=Table(
+                ("figure", "value"),
+                tuple((name, f"{value:g}") for name, value in figures.items()),
+            ),
+        )
+        for stem, figures in citations.items()
+    ]
 
 
 def _intro(comparison: Comparison, log: PreparedLog) -> str:
