@@ -269,6 +269,17 @@ class NextItemConfig(_Settings):
     consistency_weight: Weight = 0.0
     consistency_stop: Literal["none", "own", "rebuilt"] = "none"
 
+    @model_validator(mode="after")
+    def _samples_are_of_a_softmax(self) -> Self:
+        if self.loss != "sampled_softmax":
+            if self.logq:
+                raise ValueError(f"logq corrects a sampled_softmax only, not {self.loss}")
+            if self.negatives == "in-batch":
+                raise ValueError(
+                    f"negatives: in-batch goes with a sampled_softmax only, not {self.loss}"
+                )
+        return self
+
     @property
     def watched_metric(self) -> str:
         """The name of what validation watches."""

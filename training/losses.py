@@ -37,14 +37,10 @@ class NextItemLoss:
     """The loss that a run asks for.
 
     `item_counts`: int64 [R], behaviors of each row in the training part. All losses are sums over
-    the targets, in nats. Raises ConfigError for settings that contradict each other.
+    the targets, in nats. Raises ConfigError for a catalogue without items.
     """
 
     def __init__(self, config: NextItemConfig, item_counts: Tensor) -> None:
-        if config.logq and config.loss != "sampled_softmax":
-            raise ConfigError("next_item.logq corrects a sampled_softmax only")
-        if config.negatives == "in-batch" and config.loss != "sampled_softmax":
-            raise ConfigError("next_item.negatives: in-batch goes with a sampled_softmax only")
         if len(item_counts) <= FIRST_ROW:
             raise ConfigError("the training part holds no item to learn")
         self.config = config

@@ -285,6 +285,14 @@ class TestRefused:
                 "next_item.protocols.0: .*'full', .*'uni100'",
                 id="protocol",
             ),
+            pytest.param(
+                "next_item.logq=true", "next_item: .*logq corrects a sampled_softmax", id="logq"
+            ),
+            pytest.param(
+                "next_item.negatives=in-batch",
+                "next_item: .*negatives: in-batch goes with a sampled_softmax",
+                id="in-batch",
+            ),
             pytest.param("next_item.n_ranked=0", "next_item.n_ranked: ", id="ranked"),
             pytest.param("next_item.k=10", "next_item.k: Extra inputs", id="no such key"),
             pytest.param("train.validate_every=0", "train.validate_every: ", id="validate"),
@@ -295,7 +303,7 @@ class TestRefused:
             pytest.param("model.dropout=1", "model.sasrec.dropout: .*less than 1", id="dropout"),
             pytest.param("model.layers=0", "model.sasrec.layers: ", id="no layers"),
             pytest.param("model.heads=0", "model.sasrec.heads: .*equal to 1", id="no heads"),
-            pytest.param("model.norm=none", "model.sasrec.norm: .*'pre' or 'post'", id="norm"),
+            pytest.param("model.norm=none", "model.sasrec.norm: .*'post' or 'query'", id="norm"),
         ],
     )
     def test_a_value_that_no_next_item_run_has(self, tmp_path, override, reason):

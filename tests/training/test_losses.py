@@ -393,18 +393,6 @@ class TestNegatives:
 
 
 class TestRefused:
-    @pytest.mark.parametrize("loss", ["softmax", "bce", "bpr"])
-    def test_a_correction_of_what_is_not_sampled(self, loss):
-        with pytest.raises(ConfigError, match=r"next_item\.logq corrects a sampled_softmax only"):
-            loss_of(loss=loss, logq=True)
-
-    @pytest.mark.parametrize("loss", ["softmax", "bce", "bpr"])
-    def test_negatives_of_the_batch_for_other_losses(self, loss):
-        with pytest.raises(
-            ConfigError, match=r"next_item\.negatives: in-batch goes with a sampled"
-        ):
-            loss_of(loss=loss, negatives="in-batch")
-
     def test_a_catalogue_without_items(self):
         with pytest.raises(ConfigError, match="no item to learn"):
             NextItemLoss(NextItemConfig(), torch.zeros(FIRST_ROW, dtype=torch.int64))
