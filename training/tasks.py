@@ -32,11 +32,15 @@ NEGATIVES = "negatives.npz"
 
 
 class Batch(Protocol):
-    """Something to learn from; `n_samples` over all processes that share it."""
+    """Something to learn from; all of it, not the share of one process."""
 
     @property
     def n_samples(self) -> int:
         """Samples of the whole batch."""
+
+    @property
+    def weight(self) -> float:
+        """What its mean loss counts for in the gradient, 1 on average over an epoch."""
 
 
 class Task(Protocol):

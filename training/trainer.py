@@ -212,7 +212,7 @@ class _Run:
                 optimizer.zero_grad()
                 loss = network(batch, self.worker.device)
                 # DDP averages gradients over the processes; the loss is to be summed over them.
-                (loss * self.worker.world_size).backward()
+                (loss * (batch.weight * self.worker.world_size)).backward()
                 optimizer.step()
                 now = self.clock()
                 progress = self._advance(batch, self.worker.sum(loss.item()), now - counted_to)

@@ -100,19 +100,6 @@ class TestOpened:
         whole = task_of(log, next_item_config(model={**linrec, "causal": True}))
         assert whole.n_samples(0) == 60 * 8
 
-    @pytest.mark.parametrize(
-        ("next_item", "reason"),
-        [
-            pytest.param({"logq": True}, r"next_item\.logq", id="logq of a full softmax"),
-            pytest.param(
-                {"loss": "bpr", "negatives": "in-batch"}, r"next_item\.negatives", id="in-batch"
-            ),
-        ],
-    )
-    def test_settings_that_contradict_each_other_are_refused(self, log, next_item, reason):
-        with pytest.raises(ConfigError, match=reason):
-            open_task(log, next_item_config(next_item=next_item))
-
     def test_a_log_of_rare_items_alone_is_refused(self, log):
         with pytest.raises(TrainingError, match="no item to learn"):
             open_task(log, next_item_config(data={"min_item_count": 10**6}))

@@ -93,6 +93,29 @@ def test_that_of_a_next_item_model_holds_its_negatives_too(log, tmp_path):
     assert "full_ndcg10" in (tmp_path / "run" / REPORT).read_text()
 
 
+def test_every_target_counts_alike_whichever_batch_it_is_in(log, tmp_path, monkeypatch):
+    """Batches hold rows of about one length, and so very different numbers of targets."""
+    config = next_item_config(model={**SASREC, "dropout": 0.0}, max_epochs=1, batch_size=7)
+    taken: list[list[torch.Tensor]] = []
+
+    def step(optimizer: torch.optim.Adam) -> None:
+        parameters = optimizer.param_groups[0]["params"]
+        taken.append([parameter.grad.clone() for parameter in parameters])
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    run(config, log, tmp_path / "run")
+    task = open_task(log, config)
+    batches = list(task.batches(0, first_batch=0, rank=0, world_size=1))
+    mean_targets = sum(batch.n_samples for batch in batches) / len(batches)
+    assert len({batch.n_samples for batch in batches}) > 1
+    parameters = list(task.model.train().parameters())
+    for batch, found in zip(batches, taken, strict=True):
+        summed = task.loss(task.model, batch, ALONE.device) * batch.n_samples
+        expected = torch.autograd.grad(summed / mean_targets, parameters)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_a_next_item_model_learns_what_follows(make_log, tmp_path):
     """Every user goes round one circle of ten items: what is next is certain."""
     starts = range(40)

@@ -25,7 +25,7 @@ class ClickBatch:
     """One batch: model inputs, float32 `labels` [B, C] and the bool `mask` [B, C] of real samples.
 
     `users` int32 [B]. `probabilities` float32 [B, C] in synthetic logs. `n_samples`: samples of
-    the whole batch, over all processes that share it.
+    the whole batch, over all processes that share it. `weight`: all batches count alike.
     """
 
     inputs: ModelInputs
@@ -34,6 +34,7 @@ class ClickBatch:
     users: NDArray[np.int32]
     probabilities: NDArray[np.float32] | None
     n_samples: int
+    weight: float = 1.0
 
 
 class ClickLoader:

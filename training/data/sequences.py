@@ -4,7 +4,7 @@ Shapes: B rows, L history length, G granularities.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,9 @@ class SequenceBatch:
     `history_items` int64 [B, L] (catalogue rows) and `history_buckets` int64 [B, L, G], measured
     back from the time of the row's last target; `targets` int64 [B, L]: the row of the item right
     after each position, NO_TARGET where there is none to learn from; `users` int64 [B], from 1.
-    `n_samples`: targets of the whole batch, over all processes that share it.
+    `n_samples`: targets of the whole batch, over all processes that share it; `weight`: that over
+    the mean of all batches of the epoch. Rows of about the same length share a batch, so that
+    batches differ in targets by an order of magnitude, and each target is to count alike.
     """
 
     history_items: NDArray[np.int64]
@@ -34,6 +36,7 @@ class SequenceBatch:
     targets: NDArray[np.int64]
     users: NDArray[np.int64]
     n_samples: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +153,7 @@ class SequenceLoader:
 
     def n_samples(self, epoch: int) -> int:
         """Return the number of targets of an epoch; some may be of items that are not learned."""
-        rows = self.rows_of(epoch)
-        return int((rows.ends - rows.starts).sum()) if self._rows is not None else len(rows)
+        return self._n_samples(self.rows_of(epoch))
 
     def epoch(
         self, epoch: int, *, first_batch: int = 0, rank: int = 0, world_size: int = 1
@@ -161,11 +163,17 @@ class SequenceLoader:
         rng = np.random.default_rng([self._seed, epoch])
         batched = equal_length_batches if self._same_length else length_sorted_batches
         batches = batched(rows.ends - rows.starts, self._batch_size, rng)
+        mean_samples = self._n_samples(rows) / max(len(batches), 1)
         for number in range(first_batch, len(batches)):
             seed = np.random.default_rng([self._seed, epoch, number]).integers(
                 1 << 62, dtype=np.uint64
             )
-            yield self._gather(rows, batches[number], seed, rank, world_size)
+            batch = self._gather(rows, batches[number], seed, rank, world_size)
+            yield replace(batch, weight=batch.n_samples / mean_samples)
+
+    def _n_samples(self, rows: Rows) -> int:
+        whole_rows = self._per_user is None
+        return int((rows.ends - rows.starts).sum()) if whole_rows else len(rows)
 
     def _gather(
         self, rows: Rows, chosen: NDArray[np.int64], seed: np.uint64, rank: int, world_size: int

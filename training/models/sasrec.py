@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from contract.features import FeatureSpec
 from training.models.attention import MASKED, Norm, TransformerBlock, attention_bias
 from training.models.encoder import ItemEncoder, embedding_table
-from training.models.next_item import NextItemModel, valid_positions
+from training.models.next_item import EMBEDDING_STD, NextItemModel, valid_positions
 
 Positions = Literal["row", "relative"]
 
@@ -53,7 +53,9 @@ class SASRec(NextItemModel):
         self.row_positions: nn.Embedding | None = None
         self.distance_bias: nn.Parameter | None = None
         if positions == "row":
-            self.row_positions = embedding_table(spec.history_length, embedding_dim)
+            self.row_positions = embedding_table(
+                spec.history_length, embedding_dim, std=EMBEDDING_STD
+            )
         else:
             self.distance_bias = nn.Parameter(torch.zeros(n_heads, spec.history_length))
         self.users = embedding_table(n_users + 1, embedding_dim, padding_idx=0) if n_users else None

@@ -258,6 +258,12 @@ class TestEveryBatch:
             assert batch.targets.shape == (n_rows, width)
             assert batch.history_buckets.shape == (n_rows, width, 2)
 
+    def test_counts_as_much_as_it_has_targets(self, make_loader, options):
+        batches = list(make_loader(**options).epoch(0))
+        targets = [(batch.targets != NO_TARGET).sum() for batch in batches]
+        weights = [batch.weight for batch in batches]
+        np.testing.assert_allclose(weights, np.array(targets) / np.mean(targets))
+
     def test_comes_again_after_a_resume(self, make_loader, options):
         options = {"unknown_rate": 0.3, **options}
         whole = list(make_loader(**options).epoch(1))
@@ -288,7 +294,7 @@ def assert_share(share: SequenceBatch, batch: SequenceBatch, rows: slice) -> Non
 
     Where none are left for it, it takes part in the step with one row that has no target.
     """
-    assert share.n_samples == batch.n_samples
+    assert (share.n_samples, share.weight) == (batch.n_samples, batch.weight)
     if not len(batch.users[rows]):
         assert len(share.users) == 1
         assert not share.targets.any()
