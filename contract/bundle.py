@@ -30,6 +30,7 @@ OUTPUT_NAME = "scores"
 
 ScoreKind = Literal["probability", "affinity"]
 Precision = Literal["fp32", "tf32", "fp16"]
+CalibrationMethod = Literal["none", "platt", "isotonic"]
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -50,7 +51,8 @@ class Manifest(BaseModel):
     `produced_with`: versions of the programs that made the bundle, and the ONNX opset.
     `precision`: `tf32` allows the device to round the factors of matrix products to 10 mantissa
     bits; `fp16` is a graph of float16 weights. `auc_change`: AUC on the test part minus that of
-    the fp32 model; None for fp32, and where it was not measured.
+    the fp32 model; None for fp32, and where it was not measured. `calibration`: of the graph's
+    probabilities, on the validation part; `metrics` are those of the calibrated ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +66,7 @@ class Manifest(BaseModel):
     golden_tolerance: Annotated[float, Field(gt=0)]
     precision: Precision = "fp32"
     auc_change: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    calibration: CalibrationMethod = "none"
     metrics: dict[str, float]
     training_config: dict[str, Any]
     data_fingerprint: str

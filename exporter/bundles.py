@@ -31,7 +31,6 @@ from training.checkpoint import TrainedModel, load_model
 from training.config import NextItemModelConfig
 from training.data.log import PreparedLog
 from training.folders import staged_folder
-from training.models.build import Scorer
 
 _GOLDEN_TIME = 1_700_000_000
 _GOLDEN_CANDIDATES = 10
@@ -59,7 +58,7 @@ def export(
     trained = load_model(checkpoint)
     prepared = None if log is None else _open_log(log, precision, trained, checkpoint)
     spec, n_rows = trained.config.features, trained.catalogue.n_rows
-    scorer = Scorer(trained.model, trained.score_kind).eval()
+    scorer = trained.scorer()
     tolerance, auc_change = MIN_TOLERANCE, None
     try:
         with staged_folder(target) as staging:
@@ -90,6 +89,7 @@ def export(
                 golden_tolerance=tolerance,
                 precision=precision,
                 auc_change=auc_change,
+                calibration="none" if trained.calibration is None else trained.calibration.method,
                 metrics={k: v for k, v in trained.metrics.items() if np.isfinite(v)},
                 training_config=trained.config.model_dump(mode="json"),
                 data_fingerprint=trained.data_fingerprint,

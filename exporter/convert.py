@@ -34,6 +34,7 @@ def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
             warnings.catch_warnings(),
             _quiet("torch.onnx"),
             _quiet("onnxscript"),
+            _quiet("onnx_ir"),
             recurrences_as_operators(),
             # With gradients, attention may be traced as a kernel that writes its output in another
             # order than the one it is written down as.

@@ -155,7 +155,9 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     trained, log = _model_with_log(options)
     task = open_task(log, trained.config)
-    metrics = task.evaluate(trained.model, Part[options.part.upper()], torch.device("cpu"))
+    metrics = task.evaluate(
+        trained.model, Part[options.part.upper()], torch.device("cpu"), trained.calibration
+    )
     _print_metrics(f"{trained.config.name}, {options.part}", metrics)
     return 0
 
@@ -226,7 +228,7 @@ def _config(name: str, overrides: tuple[str, ...]) -> RunConfig:
 def _print_metrics(title: str, metrics: dict[str, float]) -> None:
     print(title)
     for name, value in metrics.items():
-        print(f"  {name:32s}{value:,.0f}" if name == "n_samples" else f"  {name:32s}{value:.4f}")
+        print(f"  {name:40s}{value:,.0f}" if name == "n_samples" else f"  {name:32s}{value:.4f}")
 
 
 if __name__ == "__main__":

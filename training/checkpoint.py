@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from contract.bundle import ScoreKind
 from contract.catalogue import Catalogue
+from training.calibration import Calibration
 from training.config import RunConfig, parse_config
 from training.errors import CheckpointError, ConfigError
 from training.folders import staged_file
-from training.models.build import build_model, score_kind
+from training.models.build import Scorer, build_model, score_kind
 
 FORMAT_VERSION = 2
 
@@ -58,18 +59,27 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A model with everything that serving it needs."""
+    """A model with everything that serving it needs.
+
+    `calibration`: of a click model's logits; None leaves them as they are. `metrics`: of the test
+    part, and of calibrated probabilities where there is a calibration.
+    """
 
     config: RunConfig
     model: nn.Module
     catalogue: Catalogue
     metrics: dict[str, float]
     data_fingerprint: str
+    calibration: Calibration | None = None
 
     @property
     def score_kind(self) -> ScoreKind:
         """Return whether the model's scores are probabilities."""
         return score_kind(self.config.model)
+
+    def scorer(self) -> Scorer:
+        """Return what gives the scores that are served, in evaluation mode."""
+        return Scorer(self.model, self.score_kind, self.calibration).eval()
 
 
 def save_run_state(path: Path, state: RunState) -> None:
@@ -105,6 +115,7 @@ def save_model(
             "category_of_row": category_of_row,
             "n_users": n_users,
             "weights": trained.model.state_dict(),
+            "calibration": trained.calibration and trained.calibration.as_fields(),
             "metrics": trained.metrics,
             "data_fingerprint": trained.data_fingerprint,
         },
@@ -124,12 +135,15 @@ def load_model(path: Path) -> TrainedModel:
             n_users=fields["n_users"],
         )
         model.load_state_dict(fields["weights"])
+        # Models that were saved before there were calibrations have none.
+        calibration = fields.get("calibration")
         return TrainedModel(
             config=config,
             model=model.eval(),
             catalogue=Catalogue(fields["item_ids"].numpy().astype(np.int64)),
             metrics=fields["metrics"],
             data_fingerprint=fields["data_fingerprint"],
+            calibration=None if calibration is None else Calibration(**calibration),
         )
     except (KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a trained model: {error}") from error

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from contract.bundle import CalibrationMethod
 from contract.features import FeatureSpec
 from training.data.negatives import NegativeSampling
 from training.data.splits import SplitName
@@ -37,7 +38,14 @@ class _AttentionSettings(_Settings):
 
 
 class ImnConfig(_Settings):
-    """IMN-kP: `iterations` is k; `enhancement_steps` above 0 makes it IMN-kP+."""
+    """IMN-kP: `iterations` is k; `enhancement_steps` above 0 makes it IMN-kP+.
+
+    The paper's ablations, see `training.models.imn`. `attention`: what makes the weights; "none"
+    reads the mean. `weights`: normalised over the behaviors or each by itself. `distance`: whether
+    the attention sees differences. `walk`: whether it sees the memory of the pass before, or the
+    target always. `cross`: whether the target takes part in the walk, or meets the user vector in
+    the head. `segment`: behaviors of a segment of the hierarchical form; 0 is the whole history.
+    """
 
     name: Literal["imn"]
     embedding_dim: Positive = 32
@@ -46,6 +54,29 @@ class ImnConfig(_Settings):
     attention_units: Positive = 8
     head_units: Units = (128, 64)
     use_category: bool = False
+    attention: Literal["multiway", "dot", "none"] = "multiway"
+    weights: Literal["sigmoid", "softmax"] = "sigmoid"
+    distance: bool = True
+    walk: Literal["iterative", "target"] = "iterative"
+    cross: Literal["early", "delayed"] = "early"
+    segment: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ablations_make_sense(self) -> Self:
+        if self.attention != "multiway" and not self.distance:
+            raise ValueError(f"distance: attention = {self.attention!r} sees no differences anyway")
+        if self.attention == "none" and self.weights == "softmax":
+            raise ValueError("weights: attention = 'none' makes none that could be normalised")
+        if self.attention == "none" and self.walk == "target":
+            raise ValueError("walk: attention = 'none' sees neither memory nor target")
+        if self.cross == "delayed" and self.walk == "target":
+            raise ValueError("walk: cross = 'delayed' keeps the target out of it")
+        if self.cross == "delayed" and self.enhancement_steps:
+            raise ValueError(
+                "enhancement_steps: each of them meets the target, which cross = 'delayed' keeps "
+                "for the head"
+            )
+        return self
 
 
 class YouTubeDnnConfig(_Settings):
@@ -53,6 +84,82 @@ class YouTubeDnnConfig(_Settings):
 
     name: Literal["youtube_dnn"]
     embedding_dim: Positive = 32
+    head_units: Units = (128, 64)
+    use_category: bool = False
+
+
+class DinConfig(_Settings):
+    """DIN. `normalise`: attention weights by a softmax, or, as the paper has it, as they come."""
+
+    name: Literal["din"]
+    embedding_dim: Positive = 32
+    attention_units: Annotated[Units, Field(min_length=1)] = (80, 40)
+    normalise: bool = True
+    activation: Literal["relu", "prelu", "dice"] = "relu"
+    head_units: Units = (128, 64)
+    use_category: bool = False
+
+
+class DienConfig(_Settings):
+    """DIEN. `hidden_units`: of both recurrences, 0 as wide as an embedding. `augru`: whether the
+    update gate is the paper's, or that of the authors' code. `auxiliary_weight`: of the loss of the
+    next behavior; 0 leaves it out.
+    """
+
+    name: Literal["dien"]
+    embedding_dim: Positive = 32
+    hidden_units: Annotated[int, Field(ge=0)] = 0
+    attention_units: Annotated[Units, Field(min_length=1)] = (80, 40)
+    augru: Literal["paper", "code"] = "paper"
+    auxiliary_weight: Weight = 1.0
+    activation: Literal["relu", "prelu", "dice"] = "relu"
+    head_units: Units = (128, 64)
+    use_category: bool = False
+
+
+class MimnConfig(_Settings):
+    """MIMN. `utilisation_weight`: of the loss of slots that are used unevenly; 0 leaves it out.
+    `induction`: whether slots have channels of their own.
+    """
+
+    name: Literal["mimn"]
+    embedding_dim: Positive = 32
+    slots: Positive = 4
+    utilisation_weight: Weight = 0.0
+    induction: bool = False
+    head_units: Units = (128, 64)
+    use_category: bool = False
+
+
+class Ubr4CtrConfig(_Settings):
+    """UBR4CTR, with the selection by self-attention that logs without side information need."""
+
+    name: Literal["ubr4ctr"]
+    embedding_dim: Positive = 32
+    selection_heads: Positive = 2
+    selection_units: Positive = 20
+    head_units: Units = (128, 64)
+    use_category: bool = False
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.embedding_dim % self.selection_heads:
+            raise ValueError(
+                f"selection_heads: {self.selection_heads} of them do not divide "
+                f"embedding_dim = {self.embedding_dim}"
+            )
+        return self
+
+
+class SasRecClickConfig(_AttentionSettings):
+    """SASRec as a click model. `ffn_units`: 0 as wide as an embedding."""
+
+    name: Literal["sasrec_click"]
+    embedding_dim: Positive = 32
+    layers: Positive = 1
+    heads: Positive = 1
+    ffn_units: Annotated[int, Field(ge=0)] = 0
+    dropout: Rate = 0.0
     head_units: Units = (128, 64)
     use_category: bool = False
 
@@ -206,8 +313,17 @@ NextItemModelConfig = (
     | HstuConfig
     | PkmActConfig
 )
+ClickModelConfig = (
+    ImnConfig
+    | YouTubeDnnConfig
+    | DinConfig
+    | DienConfig
+    | MimnConfig
+    | Ubr4CtrConfig
+    | SasRecClickConfig
+)
 ModelConfig = Annotated[
-    ImnConfig | YouTubeDnnConfig | PopularityConfig | NextItemModelConfig,
+    ClickModelConfig | PopularityConfig | NextItemModelConfig,
     Field(discriminator="name"),
 ]
 
@@ -220,6 +336,9 @@ class DataConfig(_Settings):
     shown less often in the training part are unknown items. `max_candidates`: of one moment.
     `unknown_rate`: share of items shown as unknown in training. `holdout_steps`: behaviors that
     leave-one-out holds out for the test; the first is *the* test, the others are for `autoregress`.
+    `click_rate`: of a click model with sampled negatives, the share of clicks in the traffic that
+    its probabilities are meant for; the log does not tell. Unless said, they are meant for the
+    samples: one click in `n_negatives` + 1.
     """
 
     split: SplitName = "time"
@@ -232,6 +351,7 @@ class DataConfig(_Settings):
     min_item_count: Positive = 1
     unknown_rate: Annotated[float, Field(ge=0, lt=1)] = 0.002
     holdout_steps: Positive = 1
+    click_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class NextItemConfig(_Settings):
@@ -294,7 +414,8 @@ class TrainConfig(_Settings):
     a better one before training stops. `validate_every`: epochs from one validation to the next.
     `max_train_s`: seconds of training, measured on this machine, after which the running epoch is
     the last; 0 sets no limit. `precision`: of matrix products in training. `checkpoint_every_s`:
-    seconds between checkpoints.
+    seconds between checkpoints. `calibration`: of a click model's probabilities, fitted on the
+    validation part after the best epoch: see `training.calibration`.
     """
 
     seed: Annotated[int, Field(ge=0)] = 1
@@ -308,6 +429,7 @@ class TrainConfig(_Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     max_train_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     checkpoint_every_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    calibration: CalibrationMethod = "none"
 
 
 class RunConfig(_Settings):

@@ -1,7 +1,7 @@
 """Scores of a whole split, and the metrics over them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from contract.bundle import ScoreKind
 from contract.encoding import ModelInputs
+from training.calibration import Calibration
 from training.data.loader import ClickLoader
 from training.errors import TrainingError
-from training.metrics import auc, click_metrics, log_loss
+from training.metrics import auc, click_metrics, log_loss, probability_metrics
 from training.models.build import Scorer
 
 
@@ -27,16 +28,42 @@ class Evaluation:
     scores: NDArray[np.float32]
     probabilities: NDArray[np.float32] | None
 
-    def metrics(self, kind: ScoreKind) -> dict[str, float]:
-        """Return the click metrics, and the ceiling that no model can pass where it is known."""
+    def metrics(self, kind: ScoreKind, *, negative_weight: float = 1.0) -> dict[str, float]:
+        """Return the click metrics, and the ceiling that no model can pass where it is known.
+
+        `negative_weight`: for how many negatives one stands where probabilities are judged.
+        """
         metrics = click_metrics(
-            self.users, self.labels, self.scores, are_probabilities=kind == "probability"
+            self.users,
+            self.labels,
+            self.scores,
+            are_probabilities=kind == "probability",
+            weights_N=self._weights(negative_weight),
         )
         metrics["n_samples"] = float(len(self.labels))
         if self.probabilities is not None:
             metrics["ceiling_auc"] = auc(self.labels, self.probabilities)
             metrics["ceiling_log_loss"] = log_loss(self.labels, self.probabilities)
         return metrics
+
+    def calibrated_metrics(
+        self, calibration: Calibration, *, negative_weight: float = 1.0
+    ) -> dict[str, float]:
+        """Return the metrics of the calibrated probabilities, where `scores` are logits, and, named
+        `..._uncalibrated`, what those of the plain ones were.
+        """
+        logits_N = torch.from_numpy(self.scores)
+        probabilities_N = torch.sigmoid(calibration(logits_N)).numpy()
+        metrics = replace(self, scores=probabilities_N).metrics(
+            "probability", negative_weight=negative_weight
+        )
+        before = probability_metrics(
+            self.labels, torch.sigmoid(logits_N).numpy(), self._weights(negative_weight)
+        )
+        return metrics | {f"{name}_uncalibrated": value for name, value in before.items()}
+
+    def _weights(self, negative_weight: float) -> NDArray[np.float64]:
+        return np.where(self.labels > 0, 1.0, negative_weight)
 
 
 @torch.inference_mode()

@@ -1,13 +1,18 @@
 """Metrics of click models over a whole split, never averaged over batches.
 
+Where negatives were sampled, one may stand for several: `weights_N` says for how many, None for 1.
+
 Shapes: N samples.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.integer] | NDArray[np.floating]
 Scores = NDArray[np.floating]
+Weights = NDArray[np.floating] | None
 
 _N_BINS = 20
 
@@ -54,27 +59,44 @@ def grouped_auc(users_N: NDArray[np.int32], labels_N: Labels, scores_N: Scores) 
     return float(np.average(wins[mixed] / n_pairs[mixed], weights=n_samples[mixed]))
 
 
-def log_loss(labels_N: Labels, probabilities_N: Scores) -> float:
+def log_loss(labels_N: Labels, probabilities_N: Scores, weights_N: Weights = None) -> float:
     """Return the mean negative log-likelihood, in nats, of the labels."""
-    likelihood = np.where(labels_N > 0, probabilities_N, 1.0 - probabilities_N.astype(np.float64))
-    return float(-np.log(np.clip(likelihood, 1e-12, None)).mean())
+    likelihood_N = np.where(labels_N > 0, probabilities_N, 1.0 - probabilities_N.astype(np.float64))
+    return _mean(-np.log(np.clip(likelihood_N, 1e-12, None)), weights_N)
 
 
-def calibration_ratio(labels_N: Labels, probabilities_N: Scores) -> float:
+def brier_score(labels_N: Labels, probabilities_N: Scores, weights_N: Weights = None) -> float:
+    """Return the mean squared difference of probability and label (Brier 1950), for one class.
+
+    >>> brier_score(np.array([1, 0]), np.array([0.5, 0.5]))
+    0.25
+    """
+    return _mean((probabilities_N.astype(np.float64) - (labels_N > 0)) ** 2, weights_N)
+
+
+def calibration_ratio(
+    labels_N: Labels, probabilities_N: Scores, weights_N: Weights = None
+) -> float:
     """Return predicted clicks over actual clicks: 1 is calibrated, above 1 promises too much."""
-    clicks = float((labels_N > 0).sum())
-    return float(probabilities_N.sum(dtype=np.float64) / clicks) if clicks else float("nan")
+    clicks = _mean(labels_N > 0, weights_N)
+    return _mean(probabilities_N, weights_N) / clicks if clicks else float("nan")
 
 
-def expected_calibration_error(labels_N: Labels, probabilities_N: Scores) -> float:
+def expected_calibration_error(
+    labels_N: Labels, probabilities_N: Scores, weights_N: Weights = None
+) -> float:
     """Return the mean distance of predicted from actual click rate over 20 bins of equal size."""
     order = np.argsort(probabilities_N, kind="stable")
-    n = len(order)
+    weights_N = np.ones(len(order)) if weights_N is None else weights_N
+    gaps_N = probabilities_N.astype(np.float64) - (labels_N > 0)
     error = 0.0
-    for chosen in np.array_split(order, min(_N_BINS, n)):
-        gap = probabilities_N[chosen].mean(dtype=np.float64) - (labels_N[chosen] > 0).mean()
-        error += abs(float(gap)) * len(chosen) / n
-    return error
+    for chosen in np.array_split(order, min(_N_BINS, len(order))):
+        error += abs(_mean(gaps_N[chosen], weights_N[chosen])) * float(weights_N[chosen].sum())
+    return error / float(weights_N.sum())
+
+
+def _mean(numbers_N: NDArray[Any], weights_N: Weights) -> float:
+    return float(np.average(numbers_N.astype(np.float64), weights=weights_N))
 
 
 def click_metrics(
@@ -83,16 +105,27 @@ def click_metrics(
     scores_N: Scores,
     *,
     are_probabilities: bool,
+    weights_N: Weights = None,
 ) -> dict[str, float]:
-    """Return AUC and GAUC, and of probabilities log-loss and calibration too."""
+    """Return AUC and GAUC, and of probabilities their quality too, by `weights_N`."""
     metrics = {
         "auc": auc(labels_N, scores_N),
         "gauc": grouped_auc(users_N, labels_N, scores_N),
     }
     if are_probabilities:
-        metrics |= {
-            "log_loss": log_loss(labels_N, scores_N),
-            "calibration_ratio": calibration_ratio(labels_N, scores_N),
-            "expected_calibration_error": expected_calibration_error(labels_N, scores_N),
-        }
+        metrics |= probability_metrics(labels_N, scores_N, weights_N)
     return metrics
+
+
+def probability_metrics(
+    labels_N: Labels, probabilities_N: Scores, weights_N: Weights = None
+) -> dict[str, float]:
+    """Return log-loss, Brier score and calibration."""
+    return {
+        "log_loss": log_loss(labels_N, probabilities_N, weights_N),
+        "brier_score": brier_score(labels_N, probabilities_N, weights_N),
+        "calibration_ratio": calibration_ratio(labels_N, probabilities_N, weights_N),
+        "expected_calibration_error": expected_calibration_error(
+            labels_N, probabilities_N, weights_N
+        ),
+    }

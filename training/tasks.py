@@ -3,16 +3,19 @@
 Click models learn which of the shown items was chosen; next-item models learn what comes next.
 """
 
+import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from contract.catalogue import Catalogue
-from training.config import NextItemModelConfig, RunConfig, SasRecConfig
+from contract.catalogue import FIRST_ROW, Catalogue
+from training.calibration import Calibration, fit, negative_sampling_rate, unchanged
+from training.config import DienConfig, NextItemModelConfig, RunConfig, SasRecConfig
 from training.data.click_data import open_click_data
 from training.data.loader import ClickBatch
 from training.data.log import PreparedLog
@@ -23,12 +26,15 @@ from training.errors import ConfigError, TrainingError
 from training.evaluation import evaluate, to_tensors
 from training.losses import NextItemLoss, Targets
 from training.models.build import build_model, score_kind
+from training.models.dien import DIEN
 from training.models.dual import DualTask, UserSequences
 from training.models.item_codes import fit_codes, item_factors
 from training.models.next_item import NextItemModel
 from training.next_item_evaluation import RankingEvaluation
 
 NEGATIVES = "negatives.npz"
+
+_log = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
@@ -41,6 +47,23 @@ class Batch(Protocol):
     @property
     def weight(self) -> float:
         """What its mean loss counts for in the gradient, 1 on average over an epoch."""
+
+
+@runtime_checkable
+class HasTrainingLoss(Protocol):
+    """A click model that learns by more than the BCE of its logits."""
+
+    def training_loss(
+        self,
+        history_items: Tensor,
+        history_buckets: Tensor,
+        candidate_items: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Return the loss, summed over the samples; `labels`, `mask`: [B, C], 1 for clicks and 1
+        for samples.
+        """
 
 
 class Task(Protocol):
@@ -77,8 +100,19 @@ class Task(Protocol):
         depend on how many processes there are.
         """
 
-    def evaluate(self, model: nn.Module, part: Part, device: torch.device) -> dict[str, float]:
-        """Return the metrics of a held-out part."""
+    def calibrate(self, model: nn.Module, device: torch.device) -> Calibration | None:
+        """Return what makes calibrated logits of the model's, by the validation part; None where
+        the run asks for nothing, or nothing can be told.
+        """
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        part: Part,
+        device: torch.device,
+        calibration: Calibration | None = None,
+    ) -> dict[str, float]:
+        """Return the metrics of a held-out part; `calibration`: what `calibrate` has returned."""
 
     def save_evaluation(self, folder: Path) -> None:
         """Write what the test metrics depend on beside model and log, if anything."""
@@ -86,25 +120,45 @@ class Task(Protocol):
 
 def open_task(log: PreparedLog, config: RunConfig) -> Task:
     """Return the task that the run's model is made for."""
+    is_changed = config.train.calibration != "none" or config.data.click_rate is not None
+    if is_changed and score_kind(config.model) != "probability":
+        raise ConfigError(
+            f"train.calibration, data.click_rate: for click probabilities, which "
+            f"{config.model.name} does not give"
+        )
     if isinstance(config.model, NextItemModelConfig):
         return NextItemTask(log, config)
     return ClickTask(log, config)
 
 
 class ClickTask:
-    """BCE on shown, or sampled, candidates; validation watches the AUC."""
+    """BCE on shown, or sampled, candidates; validation watches the AUC.
+
+    Where the run says which click rate is meant, and negatives are sampled, each stands for so many
+    that its part has that rate: in calibrated probabilities, and in the metrics of those. Training
+    and its validation know the samples alone.
+    """
 
     metric = "auc"
     auxiliary = None
 
     def __init__(self, log: PreparedLog, config: RunConfig) -> None:
         self._kind = score_kind(config.model)
+        self._calibration = config.train.calibration
+        self._sampling_rate = _sampling_rate(log, config)
         self.data = open_click_data(log, config)
         self.catalogue = self.data.catalogue
         self.item_counts = self.data.item_counts
         self.category_of_row = self.data.category_of_row
         self.n_users = log.header.n_users
         self.model = _build(self, config)
+        settings = config.model
+        self._auxiliary_weight = (
+            settings.auxiliary_weight if isinstance(settings, DienConfig) else 0.0
+        )
+        chosen_R = self.item_counts.double()
+        chosen_R[:FIRST_ROW] = 0
+        self._cumulative_R = chosen_R.cumsum(dim=0)
 
     def n_samples(self, epoch: int) -> int:
         """Return the samples of one epoch: all have the same."""
@@ -120,17 +174,61 @@ class ClickTask:
         )
 
     def loss(self, model: nn.Module, batch: ClickBatch, device: torch.device) -> Tensor:
-        """Return the BCE."""
-        logits_BC = model(*to_tensors(batch.inputs, device))
-        loss_BC = binary_cross_entropy_with_logits(
-            logits_BC, torch.from_numpy(batch.labels).to(device), reduction="none"
+        """Return the BCE, or what the model learns by instead, and the auxiliary loss of DIEN."""
+        items, buckets, candidates = to_tensors(batch.inputs, device)
+        labels_BC, mask_BC = (
+            torch.from_numpy(array).to(device) for array in (batch.labels, batch.mask)
         )
-        return (loss_BC * torch.from_numpy(batch.mask).to(device)).sum() / max(batch.n_samples, 1)
+        if isinstance(model, HasTrainingLoss):
+            loss = model.training_loss(items, buckets, candidates, labels_BC, mask_BC)
+        else:
+            logits_BC = model(items, buckets, candidates)
+            loss_BC = binary_cross_entropy_with_logits(logits_BC, labels_BC, reduction="none")
+            loss = (loss_BC * mask_BC).sum()
+        if self._auxiliary_weight:
+            assert isinstance(model, DIEN)
+            # A mean of its own in every process, which counts as much as the process' samples do.
+            loss = loss + self._auxiliary_weight * mask_BC.sum() * model.auxiliary_loss(
+                items, buckets, self._popular(items.shape).to(device)
+            )
+        return loss / max(batch.n_samples, 1)
 
-    def evaluate(self, model: nn.Module, part: Part, device: torch.device) -> dict[str, float]:
-        """Return AUC, GAUC and calibration."""
+    def _popular(self, shape: torch.Size) -> Tensor:
+        """Return rows of the catalogue, drawn by how often they were chosen, int64 of `shape`."""
+        drawn = torch.rand(shape, dtype=torch.float64) * self._cumulative_R[-1]
+        return torch.searchsorted(self._cumulative_R, drawn, right=True)
+
+    def calibrate(self, model: nn.Module, device: torch.device) -> Calibration | None:
+        """Return the calibration that the run asks for; where the validation part does not allow
+        it, say so and go on without.
+        """
+        calibration = None
+        if self._calibration != "none":
+            valid = evaluate(model, "affinity", self.data.loaders[Part.VALID], device)
+            try:
+                calibration = fit(self._calibration, valid.labels, valid.scores)
+            except TrainingError as error:
+                _log.warning("probabilities are left uncalibrated: %s", error)
+        if self._sampling_rate != 1:
+            calibration = (calibration or unchanged()).shifted(math.log(self._sampling_rate))
+        return calibration
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        part: Part,
+        device: torch.device,
+        calibration: Calibration | None = None,
+    ) -> dict[str, float]:
+        """Return AUC, GAUC and the quality of the probabilities, of calibrated ones before and
+        after.
+        """
         loader = self.data.loaders[part]
-        return evaluate(model, self._kind, loader, device).metrics(self._kind)
+        if calibration is None:
+            return evaluate(model, self._kind, loader, device).metrics(self._kind)
+        return evaluate(model, "affinity", loader, device).calibrated_metrics(
+            calibration, negative_weight=1 / self._sampling_rate
+        )
 
     def save_evaluation(self, folder: Path) -> None:
         """Write nothing: samples depend on log and settings alone."""
@@ -197,12 +295,22 @@ class NextItemTask:
             loss = loss + share * self.auxiliary(model, drawn)
         return loss
 
-    def evaluate(self, model: nn.Module, part: Part, device: torch.device) -> dict[str, float]:
+    def calibrate(self, model: nn.Module, device: torch.device) -> None:
+        """Return nothing: of affinities only the order means something."""
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        part: Part,
+        device: torch.device,
+        calibration: Calibration | None = None,
+    ) -> dict[str, float]:
         """Return NDCG, HR and MRR, each under its protocol's name.
 
         Raises ConfigError for the training part.
         """
         assert isinstance(model, NextItemModel)
+        assert calibration is None
         if part not in self._evaluations:
             raise ConfigError(
                 f"a next-item model is ranked on its valid or test part, not on {part.name.lower()}"
@@ -233,6 +341,18 @@ class TrainingStep(nn.Module):
         """Return the loss of one batch."""
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             return self.task.loss(self.model, batch, device)
+
+
+def _sampling_rate(log: PreparedLog, config: RunConfig) -> float:
+    """Return which share of the negatives of real traffic a part holds; 1 where it is not said."""
+    data = config.data
+    if data.click_rate is None:
+        return 1.0
+    if log.header.has_labels and data.samples != "negatives":
+        raise ConfigError(
+            "data.click_rate: for sampled negatives; labelled impressions have a rate of their own"
+        )
+    return negative_sampling_rate(data.click_rate, data.n_negatives)
 
 
 def _item_codes(data: NextItemData, config: RunConfig) -> Tensor | None:

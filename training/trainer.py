@@ -4,7 +4,8 @@ A run folder holds
     config.json      the settings, resolved
     checkpoint.pt    everything to go on with, replaced every minute or so
     metrics.jsonl    one line an epoch, then one for the test part
-    model.pt         the best epoch's weights, with test metrics: what the exporter takes
+    model.pt         the best epoch's weights and their calibration, with test metrics: what the
+                     exporter takes
     cost.json        epochs, seconds of training, parameters, device
     negatives.npz    of a next-item model: what its targets were ranked against
     report.html      one page with curves
@@ -34,11 +35,11 @@ from training.checkpoint import (
     save_model,
     save_run_state,
 )
-from training.config import RunConfig
+from training.config import RunConfig, parse_config
 from training.data.log import PreparedLog
 from training.data.splits import Part
 from training.distributed import Worker
-from training.errors import CheckpointError, TrainingError
+from training.errors import CheckpointError, ConfigError, TrainingError
 from training.folders import staged_file
 from training.report import write_report
 from training.tasks import Batch, TrainingStep, open_task
@@ -123,7 +124,7 @@ class _Run:
 
     def restore(self, state: RunState) -> None:
         """Go on where `state` was saved."""
-        if state.config != self.config.model_dump(mode="json"):
+        if not self._has_settings(state.config):
             raise CheckpointError(f"{self.folder} holds a run with other settings")
         if state.data_fingerprint != self.fingerprint:
             raise CheckpointError(f"{self.folder} holds a run on another log")
@@ -134,8 +135,15 @@ class _Run:
             self.optimizer.load_state_dict(state.optimizer)
         self.progress = state.progress
 
+    def _has_settings(self, saved: dict[str, Any]) -> bool:
+        try:
+            # Settings that came after the run was saved have their defaults.
+            return parse_config(saved, CHECKPOINT) == self.config
+        except ConfigError:
+            return False
+
     def finish(self) -> TrainedModel:
-        """Train what is left, then test the best epoch."""
+        """Train what is left, then calibrate the best epoch on the validation part and test it."""
         if self.worker.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_json(self.folder / CONFIG, self.config.model_dump(mode="json"))
@@ -144,17 +152,18 @@ class _Run:
             with torch.random.fork_rng():
                 self._train(self.optimizer)
         self.model.load_state_dict(self.best_model)
-        metrics = (
-            self.task.evaluate(self.model, Part.TEST, self.worker.device)
-            if self.worker.is_first
-            else {}
-        )
+        calibration, metrics = None, {}
+        if self.worker.is_first:
+            device = self.worker.device
+            calibration = self.task.calibrate(self.model, device)
+            metrics = self.task.evaluate(self.model, Part.TEST, device, calibration)
         trained = TrainedModel(
             config=self.config,
             model=self.model.eval(),
             catalogue=self.task.catalogue,
             metrics=metrics,
             data_fingerprint=self.fingerprint,
+            calibration=calibration,
         )
         if self.worker.is_first:
             save_model(

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from contract.encoding import ModelInputs
 from loadtest.peers.scoring import BatchScorer, Model, PeerOptions, dummy_model, read_options
 from training.checkpoint import TrainedModel, load_model
-from training.models.build import Scorer
 
 
 class ScoreRequest(BaseModel):
@@ -51,7 +50,7 @@ def create_app(options: PeerOptions) -> FastAPI:
 
 
 def _torch_model(trained: TrainedModel) -> Model:
-    scorer = Scorer(trained.model, trained.score_kind).eval()
+    scorer = trained.scorer()
 
     def run(inputs: ModelInputs) -> NDArray[np.float32]:
         tensors = [torch.from_numpy(array) for array in inputs.as_feed().values()]

@@ -29,7 +29,7 @@ def main() -> None:
     assert isinstance(trained.model, IterativeMemoryNetwork)
     with staged_folder(options.target) as staging:
         shutil.copytree(options.bundle, staging, dirs_exist_ok=True)
-        literal = Scorer(LiteralIMN(trained.model), trained.score_kind).eval()
+        literal = Scorer(LiteralIMN(trained.model), trained.score_kind, trained.calibration).eval()
         convert(literal, trained.config.features, staging / MODEL)
         manifest = json.loads((staging / MANIFEST).read_text())
         manifest["files"][MODEL] = file_entry(staging / MODEL).model_dump()

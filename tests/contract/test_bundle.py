@@ -64,6 +64,14 @@ def test_a_bundle_from_before_precisions_is_fp32(folder):
     assert (manifest.precision, manifest.auc_change) == ("fp32", None)
 
 
+def test_one_from_before_calibrations_has_none(folder):
+    path = folder / bundle.MANIFEST
+    fields = json.loads(path.read_text())
+    del fields["calibration"]
+    path.write_text(json.dumps(fields))
+    assert read_manifest(folder).calibration == "none"
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(BundleError, match="nowhere: no such folder"):
         read_manifest(tmp_path / "nowhere")
@@ -96,6 +104,7 @@ def test_another_format_version_is_refused(folder, version):
         pytest.param({"score_kind": "rank"}, "score_kind: Input should be", id="unknown kind"),
         pytest.param({"n_items": -1}, "n_items: Input should be", id="negative count"),
         pytest.param({"precision": "fp8"}, "precision: Input should be", id="unknown precision"),
+        pytest.param({"calibration": "beta"}, "calibration: Input", id="unknown calibration"),
         pytest.param({"files": {}}, "model.onnx, catalogue.npy, golden.npz must be", id="no files"),
     ],
 )

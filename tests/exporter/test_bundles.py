@@ -1,19 +1,24 @@
 """A checkpoint becomes a bundle that is proven equal."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 
 from contract.bundle import GOLDEN, MODEL, read_catalogue, read_manifest, verify_files
 from contract.encoding import encode
 from contract.golden import GoldenRows
-from exporter.bundles import export
+from exporter.bundles import export, golden_rows
 from exporter.errors import ExportError
 from exporter.parity import VALUE_TOLERANCE, ParityRow, open_session
 from service.model import OnnxModel
 from tests.exporter.conftest import MODELS
-from training.checkpoint import load_model
+from training.calibration import Calibration
+from training.checkpoint import TrainedModel, load_model, save_model
 from training.errors import CheckpointError
 
 
@@ -38,6 +43,7 @@ def test_the_manifest_says_where_the_model_comes_from(checkpoint, tmp_path):
     assert manifest.data_fingerprint == "fingerprint"
     assert {"opset", "onnxruntime", "torch"} <= manifest.produced_with.keys()
     assert manifest.features.history_length == 30
+    assert manifest.calibration == "none"
 
 
 def test_golden_rows_are_what_the_graph_gives(checkpoint, tmp_path):
@@ -64,6 +70,47 @@ def test_golden_rows_are_what_the_graph_gives(checkpoint, tmp_path):
 def test_a_model_of_one_behavior_can_be_exported(checkpoint, tmp_path):
     export(checkpoint(history_length=1), tmp_path / "bundle")
     verify_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+
+
+CALIBRATIONS = {
+    "platt": Calibration("platt", slope=2.5, knots=[0.0], values=[-1.5]),
+    # As many knots as there may be, steep and flat in turns, where an untrained model's logits are.
+    "isotonic": Calibration(
+        "isotonic",
+        slope=0.7,
+        knots=(0.011 * np.arange(-32, 32)).tolist(),
+        values=(-2 + np.cumsum(np.tile([0.2, 1e-4], 32))).tolist(),
+    ),
+}
+
+
+def calibrate(path: Path, calibration: Calibration) -> TrainedModel:
+    """Put a calibration into a checkpoint of the fixture's, and return it without."""
+    plain = load_model(path)
+    trained = replace(plain, calibration=calibration)
+    rows = torch.arange(trained.catalogue.n_rows)
+    save_model(path, trained, item_counts=rows, category_of_row=rows % 5)
+    return plain
+
+
+@pytest.mark.parametrize("method", CALIBRATIONS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_calibration_is_in_the_graph(checkpoint, tmp_path, method, precision):
+    """Of which the service knows nothing: it scores the golden rows, which are the scorer's."""
+    path = checkpoint("youtube_dnn")
+    plain = calibrate(path, CALIBRATIONS[method])
+    table: list[ParityRow] = []
+    export(path, tmp_path / "bundle", precision=precision, report=table.extend)
+    assert max(row.max_difference for row in table) <= VALUE_TOLERANCE
+    model = OnnxModel(tmp_path / "bundle")
+    assert model.manifest.calibration == method
+
+    golden = GoldenRows.load(tmp_path / "bundle" / GOLDEN)
+    before = golden_rows(plain.scorer(), plain.config.features, plain.catalogue)
+    logits = torch.logit(torch.from_numpy(before.scores))
+    expected = torch.sigmoid(CALIBRATIONS[method](logits)).numpy()
+    np.testing.assert_allclose(golden.scores, expected, atol=1e-5)
+    assert np.abs(golden.scores - before.scores).mean() > 0.01
 
 
 def test_a_version_can_be_named(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""A GRU in a graph: ONNX's own operator, of any length."""
+"""Recurrences in a graph: operators of ONNX, of any length."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from exporter.convert import convert
 from exporter.errors import ExportError
 from exporter.parity import open_session, prove_signature, prove_values
 from exporter.recurrence import recurrences_as_operators
+from training.models.dien import AUGRU
 
 SPEC = FeatureSpec(history_length=30)
 N_ROWS = 20
@@ -71,3 +72,44 @@ def test_a_gru_computes_again_afterwards():
         raise KeyError
     torch.testing.assert_close(gru(inputs)[0], before)
     assert before.any()
+
+
+class Evolution(nn.Module):
+    """Meets the last state of every candidate with the candidate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(N_ROWS, 4)
+        self.augru = AUGRU(4, 4)
+
+    def forward(self, items, _buckets, candidates):
+        inputs, targets = self.items(items), self.items(candidates)
+        is_behavior = items != 0
+        attention = torch.sigmoid(targets @ inputs.transpose(1, 2)) * is_behavior.unsqueeze(1)
+        return (self.augru(inputs, attention, is_behavior) * targets).sum(dim=2)
+
+
+@pytest.mark.parametrize("history_length", [3, 30])
+def test_an_augru_is_one_scan_whose_body_is_one_step(tmp_path, history_length):
+    """The example that is exported has 3 steps of 3, and 5 of 30: both give the same nodes."""
+    torch.manual_seed(0)
+    spec = FeatureSpec(history_length=history_length)
+    model, path = Evolution(), tmp_path / "model.onnx"
+    convert(model, spec, path)
+    session = open_session(path)
+    prove_signature(session, spec)
+    prove_values(session, model, spec, N_ROWS)
+    nodes = onnx.load(path).graph.node
+    assert "Tanh" not in {node.op_type for node in nodes}
+    (scan,) = (node for node in nodes if node.op_type == "Scan")
+    (body,) = (attribute.g for attribute in scan.attribute if attribute.name == "body")
+    operators = [node.op_type for node in body.node]
+    assert operators.count("MatMul") == 3
+    assert operators.count("Tanh") == 1
+
+
+def test_an_augru_is_a_loop_again_afterwards():
+    run = AUGRU.run
+    with recurrences_as_operators():
+        assert AUGRU.run is not run
+    assert AUGRU.run is run

@@ -1,6 +1,7 @@
 """Checkpoints on disk."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from contract.catalogue import Catalogue
 from tests.training.models.inputs import inputs
 from tests.training.runs import run_config
+from training.calibration import Calibration
 from training.checkpoint import (
     FORMAT_VERSION,
     TrainedModel,
@@ -47,6 +49,39 @@ def test_a_loaded_model_scores_as_the_saved_one(saved):
     assert loaded.config == trained.config
     assert loaded.catalogue.item_ids.tolist() == trained.catalogue.item_ids.tolist()
     assert not loaded.model.training
+
+
+def test_its_calibration_is_loaded_and_in_its_scores(saved):
+    trained, path = saved
+    curve = Calibration("isotonic", slope=0.7, knots=[-0.1, 0.05], values=[-2.0, -1.9])
+    save_model(
+        path,
+        replace(trained, calibration=curve),
+        item_counts=torch.arange(20),
+        category_of_row=torch.arange(20) % 3,
+    )
+    loaded = load_model(path)
+    batch = inputs([5, 0])
+    assert loaded.calibration is not None
+    assert loaded.calibration.as_fields() == curve.as_fields()
+    assert torch.equal(loaded.model(*batch), trained.model(*batch))
+    expected = torch.sigmoid(curve(trained.model(*batch)))
+    assert torch.equal(loaded.scorer()(*batch), expected)
+    assert not torch.equal(trained.scorer()(*batch), expected)
+
+
+def test_a_model_from_before_calibrations_has_none(saved):
+    trained, path = saved
+    content = torch.load(path, weights_only=True)
+    del content["fields"]["calibration"]
+    del content["fields"]["config"]["train"]["calibration"]
+    del content["fields"]["config"]["data"]["click_rate"]
+    torch.save(content, path)
+    loaded = load_model(path)
+    assert loaded.calibration is None
+    assert loaded.config == trained.config
+    batch = inputs([5, 0])
+    assert torch.equal(loaded.scorer()(*batch), torch.sigmoid(trained.model(*batch)))
 
 
 def test_a_missing_file_is_named(tmp_path):

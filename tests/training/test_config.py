@@ -46,6 +46,10 @@ class TestDefaults:
         data = load(tmp_path, MINIMAL).data
         assert (data.split, data.test_fraction, data.samples) == ("time", 0.2, "auto")
 
+    def test_probabilities_are_those_of_the_samples_uncalibrated(self, tmp_path):
+        config = load(tmp_path, MINIMAL)
+        assert (config.data.click_rate, config.train.calibration) == (None, "none")
+
     @pytest.mark.parametrize(
         ("name", "expected"),
         [
@@ -87,6 +91,7 @@ class TestFiles:
             min_item_count = 5
             max_candidates = 8
             unknown_rate = 0
+            click_rate = 0.02
             [model]
             name = "imn"
             iterations = 1
@@ -97,15 +102,33 @@ class TestFiles:
             seed = 0
             learning_rate = 1
             checkpoint_every_s = 0
+            calibration = "isotonic"
             """,
         )
         assert config.features.granularities[0].unit_s == 60
         assert config.data.split == "leave-one-out"
         assert config.data.unknown_rate == 0
+        assert config.data.click_rate == 0.02
+        assert config.train.calibration == "isotonic"
         assert config.model == ImnConfig(
             name="imn", iterations=1, enhancement_steps=2, head_units=(32, 16, 8), use_category=True
         )
         assert config.train.learning_rate == 1.0
+
+    def test_every_ablation_of_imn_can_be_set(self, tmp_path):
+        config = load(
+            tmp_path,
+            MINIMAL,
+            "model.attention=dot",
+            "model.weights=softmax",
+            "model.walk=target",
+            "model.segment=100",
+        )
+        assert config.model == ImnConfig(
+            name="imn", attention="dot", weights="softmax", walk="target", segment=100
+        )
+        config = load(tmp_path, MINIMAL, "model.distance=false", "model.cross=delayed")
+        assert config.model == ImnConfig(name="imn", distance=False, cross="delayed")
 
     def test_every_value_of_a_next_item_run_can_be_set(self, tmp_path):
         config = load(
@@ -251,6 +274,11 @@ class TestRefused:
                 "data.test_fraction=1", "data.test_fraction: .*less than 1", id="fraction"
             ),
             pytest.param("data.unknown_rate=1", "data.unknown_rate: .*less than 1", id="unknown"),
+            pytest.param("data.click_rate=0", "data.click_rate: .*greater than 0", id="no clicks"),
+            pytest.param("data.click_rate=2", "data.click_rate: .*less than 1", id="percent"),
+            pytest.param(
+                "train.calibration=beta", "train.calibration: .*'isotonic'", id="calibration"
+            ),
             pytest.param(
                 "data.split=random", "data.split: .*'time' or 'leave-one-out'", id="split"
             ),
@@ -309,6 +337,47 @@ class TestRefused:
     def test_a_value_that_no_next_item_run_has(self, tmp_path, override, reason):
         with pytest.raises(ConfigError, match=reason):
             load(tmp_path, MINIMAL, "model.name=sasrec", override)
+
+    @pytest.mark.parametrize(
+        ("overrides", "reason"),
+        [
+            pytest.param(
+                ["model.attention=dot", "model.distance=false"],
+                "distance: attention = 'dot' sees no differences anyway",
+                id="distance of dot products",
+            ),
+            pytest.param(
+                ["model.attention=none", "model.distance=false"],
+                "distance: attention = 'none' sees no differences anyway",
+                id="distance of nothing",
+            ),
+            pytest.param(
+                ["model.attention=none", "model.weights=softmax"],
+                "weights: attention = 'none' makes none",
+                id="no weights to normalise",
+            ),
+            pytest.param(
+                ["model.attention=none", "model.walk=target"],
+                "walk: attention = 'none' sees neither memory nor target",
+                id="nothing is looked at",
+            ),
+            pytest.param(
+                ["model.cross=delayed", "model.walk=target"],
+                "walk: cross = 'delayed' keeps the target out of it",
+                id="a target that is not there",
+            ),
+            pytest.param(
+                ["model.cross=delayed", "model.enhancement_steps=1"],
+                "enhancement_steps: each of them meets the target",
+                id="an enhancement of a delayed cross",
+            ),
+            pytest.param(["model.segment=-1"], "segment: .*or equal to 0", id="a segment"),
+            pytest.param(["model.walk=none"], "walk: .*'iterative' or 'target'", id="no walk"),
+        ],
+    )
+    def test_ablations_of_imn_that_make_no_sense(self, tmp_path, overrides, reason):
+        with pytest.raises(ConfigError, match=rf"model\.imn.*{reason}"):
+            load(tmp_path, MINIMAL, *overrides)
 
     @pytest.mark.parametrize("name", ["sasrec", "bert4rec", "linrec", "hstu", "pkm_act"])
     def test_heads_that_cannot_share_the_width(self, tmp_path, name):

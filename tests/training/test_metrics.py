@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from training.metrics import (
     auc,
+    brier_score,
     calibration_ratio,
     click_metrics,
     expected_calibration_error,
@@ -117,6 +118,15 @@ class TestLogLoss:
         assert log_loss(np.array([1, 0]), np.array([1.0, 0.0])) == 0
 
 
+class TestBrierScore:
+    def test_by_hand(self):
+        labels, probabilities = np.array([1, 0, 1]), np.array([0.75, 0.5, 1.0])
+        assert brier_score(labels, probabilities) == pytest.approx((0.0625 + 0.25 + 0) / 3)
+
+    def test_certain_and_wrong_is_one(self):
+        assert brier_score(np.array([1, 0]), np.array([0.0, 1.0], dtype=np.float32)) == 1
+
+
 class TestCalibration:
     @pytest.mark.parametrize(
         ("probabilities", "expected"),
@@ -168,9 +178,25 @@ class TestClickMetrics:
             "auc": pytest.approx(0.5),
             "gauc": pytest.approx(0.5),
             "log_loss": pytest.approx(log_loss(self.LABELS, self.SCORES)),
+            "brier_score": pytest.approx((0.1**2 + 0.2**2 + 0.3**2 + 0.9**2) / 4),
             "calibration_ratio": pytest.approx(0.75),
             "expected_calibration_error": pytest.approx((0.1 + 0.2 + 0.3 + 0.9) / 4),
         }
+
+    def test_a_negative_that_stands_for_three_counts_as_three(self):
+        """In what is measured of probabilities; ranks know no weights."""
+        repeats = np.where(self.LABELS > 0, 1, 3)
+        expected = click_metrics(
+            np.repeat(self.USERS, repeats),
+            np.repeat(self.LABELS, repeats),
+            np.repeat(self.SCORES, repeats),
+            are_probabilities=True,
+        )
+        found = click_metrics(
+            self.USERS, self.LABELS, self.SCORES, are_probabilities=True, weights_N=repeats * 1.0
+        )
+        # Four samples are four bins, of which each holds one score; eight are eight of those.
+        assert found == {name: pytest.approx(expected[name]) for name in found}
 
     def test_of_affinities_only_the_order_counts(self):
         found = click_metrics(self.USERS, self.LABELS, 100 * self.SCORES, are_probabilities=False)

@@ -1,6 +1,7 @@
 """What the training loop sees of click models and of next-item models."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from contract.catalogue import FIRST_ROW
 from tests.training.data.conftest import make_log as make_log
 from tests.training.runs import next_item_config, run_config
 from training.__main__ import main
+from training.calibration import Calibration, fit
 from training.config import RunConfig
+from training.data.loader import ClickBatch
 from training.data.log import PreparedLog
 from training.data.splits import Part
 from training.distributed import Worker
 from training.errors import ConfigError, TrainingError
+from training.evaluation import evaluate, to_tensors
 from training.models.bert4rec import BERT4Rec
 from training.models.imn import IterativeMemoryNetwork
 from training.models.next_item import NextItemModel
@@ -61,6 +67,16 @@ def task_of(log: PreparedLog, config: RunConfig) -> NextItemTask:
     task = open_task(log, config)
     assert isinstance(task, NextItemTask)
     return task
+
+
+def click_task_of(log: PreparedLog, model: dict[str, object]) -> ClickTask:
+    task = open_task(log, run_config(model={"embedding_dim": 4, **model}))
+    assert isinstance(task, ClickTask)
+    return task
+
+
+def first_batch(task: ClickTask) -> ClickBatch:
+    return next(task.batches(0, first_batch=0, rank=0, world_size=1))
 
 
 def model_of(task: NextItemTask) -> NextItemModel:
@@ -110,6 +126,24 @@ class TestOpened:
         log = make_log({"user": [1, 1, 1, 2], "item": [1, 2, 3, 1], "timestamp": [1, 2, 3, 1]})
         with pytest.raises(TrainingError, match="no user has two behaviors in the training part"):
             open_task(log, next_item_config(model=model))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param(next_item_config(calibration="platt"), id="of a next-item model"),
+            pytest.param(
+                run_config(model={"name": "popularity"}, calibration="platt"), id="of popularity"
+            ),
+            pytest.param(next_item_config(data={"click_rate": 0.1}), id="click rate"),
+        ],
+    )
+    def test_affinities_are_not_calibrated(self, log, config):
+        with pytest.raises(ConfigError, match=r"train\.calibration, data\.click_rate: for click"):
+            open_task(log, config)
+
+    def test_impressions_have_a_click_rate_of_their_own(self, log):
+        with pytest.raises(ConfigError, match=r"data\.click_rate: for sampled negatives"):
+            open_task(log, run_config(data={"click_rate": 0.1}))
 
 
 class TestLoss:
@@ -174,6 +208,53 @@ def undropped(model: dict[str, object]) -> dict[str, object]:
     return settings | ({"user_dropout": 0.0} if model["name"] == "sasrec" else {})
 
 
+class TestLossOfClicks:
+    def loss_of(
+        self, log: PreparedLog, model: dict[str, object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of the first batch, and the BCE of its logits."""
+        task = click_task_of(log, model)
+        batch = first_batch(task)
+        with torch.no_grad():
+            loss = task.loss(task.model, batch, CPU)
+            logits_BC = task.model(*to_tensors(batch.inputs, CPU))
+        labels_BC = torch.from_numpy(batch.labels)
+        return loss, binary_cross_entropy_with_logits(logits_BC[batch.mask], labels_BC[batch.mask])
+
+    @pytest.mark.parametrize("name", ["imn", "youtube_dnn", "din", "sasrec_click"])
+    def test_is_the_bce(self, log, name):
+        torch.testing.assert_close(*self.loss_of(log, {"name": name}))
+
+    def test_of_dien_has_that_of_the_next_behavior_beside_it(self, log):
+        """Untrained, about log 2 for the true and as much for the drawn one."""
+        without, bce = self.loss_of(log, {"name": "dien", "auxiliary_weight": 0.0})
+        torch.testing.assert_close(without, bce)
+        for weight in (1.0, 3.0):
+            loss, bce = self.loss_of(log, {"name": "dien", "auxiliary_weight": weight})
+            assert (loss - bce).item() == pytest.approx(weight * 2 * math.log(2), rel=0.2)
+
+    def test_of_mimn_has_that_of_slots_used_unevenly(self, log):
+        loss, bce = self.loss_of(log, {"name": "mimn"})
+        torch.testing.assert_close(loss, bce)
+        loss, bce = self.loss_of(log, {"name": "mimn", "utilisation_weight": 10.0})
+        assert loss > bce
+
+    def test_of_ubr4ctr_trains_the_selection(self, log):
+        task = click_task_of(log, {"name": "ubr4ctr"})
+        task.loss(task.model, first_batch(task), CPU).backward()
+        assert all(parameter.grad is not None for parameter in task.model.parameters())
+
+    def test_negatives_of_dien_are_drawn_by_popularity(self, log):
+        task = click_task_of(log, {"name": "dien"})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            rows = task._popular(torch.Size([100, 1000]))
+        counts = task.item_counts.double()
+        counts[:FIRST_ROW] = 0
+        found = torch.bincount(rows.flatten(), minlength=len(counts)) / rows.numel()
+        torch.testing.assert_close(found.double(), counts / counts.sum(), rtol=0, atol=0.005)
+
+
 class TestStep:
     @every_model
     def test_in_bf16_is_about_that_in_float32(self, log, model):
@@ -228,6 +309,106 @@ class TestEvaluation:
     def test_keeps_nothing_where_nothing_was_drawn(self, log, tmp_path, config):
         open_task(log, config).save_evaluation(tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+
+def click_task(log: PreparedLog, **settings: Any) -> ClickTask:
+    task = open_task(log, run_config(**settings))
+    assert isinstance(task, ClickTask)
+    return task
+
+
+class Knows(nn.Module):
+    """A click model with the logit of a known rate for all items, but a little for each row."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.logit = math.log(rate / (1 - rate))
+
+    def forward(self, _items, _buckets, candidates):
+        return self.logit + 1e-3 * candidates.float()
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("method", ["platt", "isotonic"])
+    def test_is_that_of_the_validation_part(self, log, method):
+        task = click_task(log, calibration=method)
+        found = task.calibrate(task.model, CPU)
+        valid = evaluate(task.model, "affinity", task.data.loaders[Part.VALID], CPU)
+        expected = fit(method, valid.labels, valid.scores)
+        assert found is not None
+        assert found.as_fields() == expected.as_fields()
+
+    def test_of_a_run_that_asks_for_none_is_none(self, log):
+        task = click_task(log)
+        assert task.calibrate(task.model, CPU) is None
+        other = task_of(log, next_item_config())
+        other.calibrate(other.model, CPU)
+
+    def test_of_one_label_only_is_left_out_and_said(self, make_log, caplog):
+        """Seconds 12 to 15 are the validation part: all were clicked."""
+        log = make_log(
+            {
+                "user": [1, 2] * 10,
+                "item": [5, 6, 7, 8] * 5,
+                "timestamp": list(range(20)),
+                "label": [0, 1, 1] * 4 + [1] * 4 + [0, 1] * 2,
+            }
+        )
+        data = {"test_fraction": 0.2, "valid_fraction": 0.25}
+        task = click_task(log, data=data, calibration="platt")
+        assert task.calibrate(task.model, CPU) is None
+        (message,) = (record.getMessage() for record in caplog.records)
+        assert message == (
+            "probabilities are left uncalibrated: the validation part holds one label only"
+        )
+
+    def test_of_sampled_negatives_is_for_the_click_rate_that_is_said(self, log):
+        """Each click has three negatives; with one in a hundred it has 99."""
+        data = {"samples": "negatives", "n_negatives": 3, "click_rate": 0.01}
+        task = click_task(log, data=data)
+        found = task.calibrate(task.model, CPU)
+        assert found is not None
+        assert found(torch.tensor(0.25)).item() == pytest.approx(0.25 - math.log(33))
+        assert found.method == "none"
+
+    def test_is_moved_to_that_rate_where_both_are_asked_for(self, log):
+        data = {"samples": "negatives", "n_negatives": 3}
+        fitted, moved = (
+            task.calibrate(task.model, CPU)
+            for task in (
+                click_task(log, data=data, calibration="platt"),
+                click_task(log, data={**data, "click_rate": 0.01}, calibration="platt"),
+            )
+        )
+        assert fitted is not None
+        assert moved is not None
+        difference = moved(torch.tensor(0.5)) - fitted(torch.tensor(0.5))
+        assert difference.item() == pytest.approx(-math.log(33), abs=1e-5)
+
+    def test_metrics_are_those_before_and_after(self, log):
+        task = click_task(log, calibration="platt")
+        plain = task.evaluate(task.model, Part.TEST, CPU)
+        line = Calibration("platt", slope=1.0, knots=[0.0], values=[2.0])
+        found = task.evaluate(task.model, Part.TEST, CPU, line)
+        names = {"log_loss", "brier_score", "calibration_ratio", "expected_calibration_error"}
+        assert found.keys() - plain.keys() == {f"{name}_uncalibrated" for name in names}
+        for name in plain:
+            before = found.get(f"{name}_uncalibrated", found[name])
+            assert before == pytest.approx(plain[name], rel=1e-6), name
+        assert found["calibration_ratio"] > 1.5 * plain["calibration_ratio"]
+
+    def test_metrics_are_those_of_the_click_rate_that_is_said(self, log):
+        """Of the samples of which one in four is a click, one in a hundred is."""
+        data = {"samples": "negatives", "n_negatives": 3, "click_rate": 0.01}
+        task = click_task(log, data=data)
+        model = Knows(rate=1 / 4)
+        found = task.evaluate(model, Part.TEST, CPU, task.calibrate(model, CPU))
+        assert found["calibration_ratio"] == pytest.approx(1, abs=0.1)
+        assert found["calibration_ratio_uncalibrated"] == pytest.approx(25, rel=0.1)
+        # That of a coin which falls on one side once in a hundred times.
+        entropy = -0.01 * math.log(0.01) - 0.99 * math.log(0.99)
+        assert found["log_loss"] == pytest.approx(entropy, rel=0.05)
+        assert found["brier_score"] == pytest.approx(0.01 * 0.99, rel=0.05)
 
 
 @pytest.fixture(scope="module")

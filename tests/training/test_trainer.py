@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+import training.tasks
 from tests.training.data.conftest import make_log as make_log
 from tests.training.runs import next_item_config, run_config
 from training.checkpoint import load_model, load_run_state
 from training.config import RunConfig, load_config
 from training.data.log import PreparedLog
+from training.data.splits import Part
 from training.distributed import Worker
 from training.errors import CheckpointError, TrainingError
 from training.tasks import NEGATIVES, NextItemTask, open_task
@@ -84,6 +86,79 @@ def test_the_run_folder_holds_everything(log, tmp_path):
     assert "<svg" in page
     assert "test-run" in page
     assert not re.search(r"(src|href)=.http", page)  # it needs no other host
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("method", ["platt", "isotonic"])
+    def test_is_of_the_best_epoch_and_kept_with_it(self, log, tmp_path, method):
+        """Training itself is the same; in what follows, metrics and scores are calibrated."""
+        plain = run(run_config(max_epochs=2), log, tmp_path / "plain")
+        trained = run(run_config(max_epochs=2, calibration=method), log, tmp_path / "run")
+        assert lines(tmp_path / "run")[:-1] == lines(tmp_path / "plain")[:-1]
+        assert plain.calibration is None
+        kept = load_model(tmp_path / "run" / MODEL).calibration
+        assert kept is not None
+        assert trained.calibration is not None
+        assert kept.as_fields() == trained.calibration.as_fields()
+        assert kept.method == method
+
+        task = open_task(log, run_config(calibration=method))
+        again = task.calibrate(plain.model, ALONE.device)
+        assert again is not None
+        assert again.as_fields() == kept.as_fields()
+        assert trained.metrics == task.evaluate(plain.model, Part.TEST, ALONE.device, kept)
+        assert trained.metrics["auc"] == pytest.approx(plain.metrics["auc"], abs=1e-4)
+        before = trained.metrics["log_loss_uncalibrated"]
+        assert before == pytest.approx(plain.metrics["log_loss"], rel=1e-5)
+        assert "expected_calibration_error_uncalibrated" in (
+            (tmp_path / "run" / REPORT).read_text()
+        )
+
+    def test_that_cannot_be_fitted_loses_no_run(self, log, tmp_path, monkeypatch, caplog):
+        def refuse(*_arguments: Any) -> None:
+            raise TrainingError("too strange")
+
+        monkeypatch.setattr(training.tasks, "fit", refuse)
+        trained = run(run_config(max_epochs=1, calibration="platt"), log, tmp_path / "run")
+        assert "probabilities are left uncalibrated: too strange" in caplog.text
+        assert trained.calibration is None
+        assert load_model(tmp_path / "run" / MODEL).calibration is None
+        assert "log_loss" in trained.metrics
+        assert "log_loss_uncalibrated" not in trained.metrics
+
+    def test_of_a_stopped_run_is_that_of_a_whole_one(self, log, tmp_path):
+        config = run_config(calibration="isotonic")
+        run(config, log, tmp_path / "whole")
+        stopped_run(config, log, tmp_path / "stopped", 20)
+        assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+        whole, stopped = (
+            load_model(tmp_path / name / MODEL).calibration for name in ("whole", "stopped")
+        )
+        assert whole is not None
+        assert stopped is not None
+        assert whole.as_fields() == stopped.as_fields()
+
+
+def test_a_run_from_before_a_setting_goes_on_with_its_default(log, tmp_path):
+    config = run_config(max_epochs=1)
+    first = run(config, log, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    del content["fields"]["config"]["train"]["calibration"]
+    del content["fields"]["config"]["data"]["click_rate"]
+    torch.save(content, tmp_path / "run" / CHECKPOINT)
+    assert run(config, log, tmp_path / "run", resume=True).metrics == first.metrics
+    with pytest.raises(CheckpointError, match="other settings"):
+        run(run_config(max_epochs=1, calibration="platt"), log, tmp_path / "run", resume=True)
+
+
+def test_a_run_with_settings_that_are_no_more_is_not_resumed(log, tmp_path):
+    config = run_config(max_epochs=1)
+    run(config, log, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    content["fields"]["config"]["train"]["warp"] = 9
+    torch.save(content, tmp_path / "run" / CHECKPOINT)
+    with pytest.raises(CheckpointError, match="other settings"):
+        run(config, log, tmp_path / "run", resume=True)
 
 
 def test_that_of_a_next_item_model_holds_its_negatives_too(log, tmp_path):

@@ -10,20 +10,28 @@ from contract.bundle import ScoreKind
 from contract.features import FeatureSpec
 from training.config import (
     Bert4RecConfig,
+    ClickModelConfig,
+    DienConfig,
+    DinConfig,
     FpmcConfig,
     Gru4RecConfig,
     HstuConfig,
     ImnConfig,
     LinRecConfig,
+    MimnConfig,
     ModelConfig,
     NextItemModelConfig,
     PkmActConfig,
     PopularityConfig,
+    SasRecClickConfig,
     SasRecConfig,
+    Ubr4CtrConfig,
     YouTubeDnnConfig,
 )
 from training.errors import ConfigError
 from training.models.bert4rec import BERT4Rec
+from training.models.dien import DIEN
+from training.models.din import DIN
 from training.models.encoder import ItemEncoder
 from training.models.fpmc import FPMC
 from training.models.gru4rec import GRU4Rec
@@ -31,10 +39,13 @@ from training.models.hstu import HSTU
 from training.models.imn import IterativeMemoryNetwork
 from training.models.item_codes import ItemCodes
 from training.models.linrec import LinRec
+from training.models.mimn import MIMN
 from training.models.next_item import EMBEDDING_STD, NextItemModel
 from training.models.pkm_act import PkmAct
 from training.models.popularity import Popularity
 from training.models.sasrec import SASRec
+from training.models.sasrec_click import SASRecClick
+from training.models.ubr4ctr import UBR4CTR
 from training.models.youtube_dnn import YouTubeDNN
 
 
@@ -69,12 +80,70 @@ def build_model(
                     enhancement_steps=config.enhancement_steps,
                     attention_units=config.attention_units,
                     head_units=config.head_units,
+                    attention=config.attention,
+                    weights=config.weights,
+                    distance=config.distance,
+                    walk=config.walk,
+                    cross=config.cross,
+                    segment=config.segment,
                 )
             case YouTubeDnnConfig():
                 return YouTubeDNN(
                     _items(config, len(item_counts), category_of_row),
                     spec,
                     embedding_dim=config.embedding_dim,
+                    head_units=config.head_units,
+                )
+            case DinConfig():
+                return DIN(
+                    _items(config, len(item_counts), category_of_row),
+                    spec,
+                    embedding_dim=config.embedding_dim,
+                    attention_units=config.attention_units,
+                    normalise=config.normalise,
+                    activation=config.activation,
+                    head_units=config.head_units,
+                )
+            case DienConfig():
+                return DIEN(
+                    _items(config, len(item_counts), category_of_row),
+                    spec,
+                    embedding_dim=config.embedding_dim,
+                    hidden_units=config.hidden_units or config.embedding_dim,
+                    attention_units=config.attention_units,
+                    augru=config.augru,
+                    activation=config.activation,
+                    auxiliary=config.auxiliary_weight > 0,
+                    head_units=config.head_units,
+                )
+            case MimnConfig():
+                return MIMN(
+                    _items(config, len(item_counts), category_of_row),
+                    spec,
+                    embedding_dim=config.embedding_dim,
+                    n_slots=config.slots,
+                    utilisation_weight=config.utilisation_weight,
+                    induction=config.induction,
+                    head_units=config.head_units,
+                )
+            case Ubr4CtrConfig():
+                return UBR4CTR(
+                    _items(config, len(item_counts), category_of_row),
+                    spec,
+                    embedding_dim=config.embedding_dim,
+                    selection_heads=config.selection_heads,
+                    selection_units=config.selection_units,
+                    head_units=config.head_units,
+                )
+            case SasRecClickConfig():
+                return SASRecClick(
+                    _items(config, len(item_counts), category_of_row),
+                    spec,
+                    embedding_dim=config.embedding_dim,
+                    n_layers=config.layers,
+                    n_heads=config.heads,
+                    ffn_units=config.ffn_units or config.embedding_dim,
+                    dropout=config.dropout,
                     head_units=config.head_units,
                 )
             case PopularityConfig():
@@ -183,9 +252,7 @@ def score_kind(config: ModelConfig) -> ScoreKind:
     return "affinity" if is_affinity else "probability"
 
 
-def _items(
-    config: ImnConfig | YouTubeDnnConfig, n_rows: int, category_of_row: Tensor | None
-) -> ItemEncoder:
+def _items(config: ClickModelConfig, n_rows: int, category_of_row: Tensor | None) -> ItemEncoder:
     if config.use_category and category_of_row is None:
         raise ConfigError("model.use_category: the log has no category column")
     return ItemEncoder(
@@ -209,16 +276,25 @@ def _next_items(
 
 
 class Scorer(nn.Module):
-    """A model with its last step: logits become click probabilities, affinities stay."""
+    """A model with its last step: logits become click probabilities, affinities stay.
 
-    def __init__(self, model: nn.Module, kind: ScoreKind) -> None:
+    `calibration`: of the logits, float32 [B, C] to [B, C]; see `training.calibration`.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: ScoreKind, calibration: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        assert kind == "probability" or calibration is None
         self.model = model
         self.kind = kind
+        self.calibration = calibration
 
     def forward(
         self, history_items: Tensor, history_buckets: Tensor, candidate_items: Tensor
     ) -> Tensor:
         """Return scores float32 [B, C]."""
         outputs: Tensor = self.model(history_items, history_buckets, candidate_items)
+        if self.calibration is not None:
+            outputs = self.calibration(outputs)
         return torch.sigmoid(outputs) if self.kind == "probability" else outputs

@@ -4,19 +4,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor, nn
 
 from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
 from tests.training.models.next_item_checks import histories
-from training.config import (
-    ImnConfig,
-    ModelConfig,
-    NextItemModelConfig,
-    PopularityConfig,
-    SasRecConfig,
-    YouTubeDnnConfig,
-)
+from training.config import ClickModelConfig, ModelConfig, NextItemModelConfig, SasRecConfig
 from training.errors import ConfigError
 from training.models.build import Scorer, build_model, score_kind
 from training.models.next_item import NextItemModel
@@ -26,9 +19,13 @@ N_ROWS, N_USERS = 20, 3
 COUNTS = torch.arange(N_ROWS)
 CATEGORIES = torch.arange(N_ROWS) % 3
 
-NEXT_ITEM_CONFIGS = get_args(NextItemModelConfig)
-NAMES = {get_args(one.model_fields["name"].annotation)[0]: one for one in NEXT_ITEM_CONFIGS}
-CLICK_NAMES = {"imn": ImnConfig, "youtube_dnn": YouTubeDnnConfig, "popularity": PopularityConfig}
+
+def by_name(configs: tuple[type[BaseModel], ...]) -> dict[str, type[BaseModel]]:
+    return {get_args(one.model_fields["name"].annotation)[0]: one for one in configs}
+
+
+NAMES = by_name(get_args(NextItemModelConfig))
+CLICK_NAMES = by_name(get_args(ClickModelConfig))
 
 
 def config_of(name: str, **settings: object) -> ModelConfig:
@@ -50,7 +47,7 @@ def build(config: ModelConfig, **options: Any) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, *CLICK_NAMES])
+@pytest.mark.parametrize("name", [*NAMES, *CLICK_NAMES, "popularity"])
 class TestEveryModel:
     def test_is_built_from_its_name_alone_and_scores(self, name):
         model = build(config_of(name)).eval()
@@ -74,7 +71,7 @@ class TestEveryModel:
 
     def test_says_what_its_scores_mean(self, name):
         kind = score_kind(config_of(name))
-        assert kind == ("probability" if name in ("imn", "youtube_dnn") else "affinity")
+        assert kind == ("probability" if name in CLICK_NAMES else "affinity")
 
 
 def test_a_seed_is_not_needed():
@@ -90,18 +87,28 @@ BESIDE: dict[str, dict[str, Any]] = {
     "sasrec.quantisation": {"codes": 4},
     "pkm_act.chunk": {"form": "causal"},
 }
+# Where half of what is there unless said is the same, or means the same to the model.
+ANOTHER = {
+    "dien.auxiliary_weight": 0.0,
+    "mimn.utilisation_weight": 0.3,
+    "sasrec_click.dropout": 0.1,
+}
 SETTINGS = [
     (name, setting)
-    for name, config in NAMES.items()
+    for name, config in {**NAMES, **CLICK_NAMES}.items()
     for setting in config.model_fields
-    if setting != "name"
+    if setting != "name" and name != "imn"  # whose settings have tests beside the model's
 ]
 
 
 def another(name: str, setting: str) -> object:
     """Return a value of the setting other than the one it has unless said."""
-    field = NAMES[name].model_fields[setting]
+    if f"{name}.{setting}" in ANOTHER:
+        return ANOTHER[f"{name}.{setting}"]
+    field = {**NAMES, **CLICK_NAMES}[name].model_fields[setting]
     default = field.default
+    if isinstance(default, tuple):
+        return (*default, 8)
     if isinstance(default, str):
         return next(value for value in get_args(field.annotation) if value != default)
     if isinstance(default, bool):
@@ -125,8 +132,10 @@ def shape_of(model: nn.Module) -> dict[str, object]:
 )
 def test_every_setting_reaches_the_model(name, setting):
     beside = BESIDE.get(f"{name}.{setting}", {})
-    plain = build(config_of(name, **beside))
-    changed = build(config_of(name, **beside, **{setting: another(name, setting)}))
+    plain = build(config_of(name, **beside), category_of_row=CATEGORIES)
+    changed = build(
+        config_of(name, **beside, **{setting: another(name, setting)}), category_of_row=CATEGORIES
+    )
     assert shape_of(plain) != shape_of(changed)
 
 
@@ -155,7 +164,7 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"features\.granularities: .*scale = 'linear'"):
             build_model(config, FeatureSpec(), item_counts=COUNTS, category_of_row=None, seed=1)
 
-    @pytest.mark.parametrize("name", ["imn", "youtube_dnn"])
+    @pytest.mark.parametrize("name", CLICK_NAMES)
     def test_categories_that_a_log_has_not(self, name):
         config = config_of(name, use_category=True)
         with pytest.raises(ConfigError, match=r"model\.use_category: the log has no category"):

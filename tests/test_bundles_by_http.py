@@ -1,6 +1,7 @@
-"""Every next-item model, from its settings to scores by HTTP: exported, proven, served, equal."""
+"""Every model, from its settings to scores by HTTP: exported, proven, served, equal."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from service.app import create_app
 from service.history import history_key
 from service.model import OnnxModel
 from service.settings import Settings
-from tests.service.live_service import live_service
+from tests.service.live_service import LiveService, live_service
 from training.checkpoint import TrainedModel, save_model
 from training.config import parse_config
 from training.models.build import build_model
@@ -27,7 +28,7 @@ from training.models.build import build_model
 SMALL = {"embedding_dim": 8}
 ATTENTIVE = {**SMALL, "layers": 2, "heads": 2, "ffn_units": 16}
 PKM_ACT = {"name": "pkm_act", **ATTENTIVE, "keys_per_side": 4, "experts": 2}
-MODELS: dict[str, dict[str, Any]] = {
+NEXT_ITEM_MODELS: dict[str, dict[str, Any]] = {
     "fpmc": {"name": "fpmc", **SMALL},
     "fpmc with user factors": {"name": "fpmc", **SMALL, "user_factor": "table"},
     "gru4rec": {"name": "gru4rec", **SMALL, "hidden_units": 12},
@@ -45,6 +46,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "pkm_act": {**PKM_ACT, "form": "last"},
     "pkm_act, causal": {**PKM_ACT, "form": "causal", "chunk": 4},
 }
+CLICK_MODELS: dict[str, dict[str, Any]] = {
+    "imn": {"name": "imn", **SMALL, "enhancement_steps": 1},
+    "imn, in segments": {"name": "imn", **SMALL, "iterations": 2, "segment": 8},
+    "youtube_dnn": {"name": "youtube_dnn", **SMALL},
+    "din": {"name": "din", **SMALL, "activation": "dice"},
+    "dien": {"name": "dien", **SMALL},
+    "mimn": {"name": "mimn", **SMALL},
+    "ubr4ctr": {"name": "ubr4ctr", **SMALL},
+    "sasrec_click": {"name": "sasrec_click", **SMALL},
+}
 GRANULARITIES = [
     {"name": "hours", "unit_s": 3600, "n_buckets": 22},
     {"name": "age_seconds", "unit_s": 1, "n_buckets": 1 << 32, "scale": "linear"},
@@ -59,12 +70,12 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
-def checkpoint(folder: Path, settings: dict[str, Any]) -> Path:
+def checkpoint(folder: Path, settings: dict[str, Any], split: str) -> Path:
     config = parse_config(
         {
             "name": "tiny",
             "features": {"history_length": HISTORY_LENGTH, "granularities": GRANULARITIES},
-            "data": {"split": "leave-one-out"},
+            "data": {"split": split},
             "model": settings,
         },
         "test",
@@ -82,40 +93,62 @@ def checkpoint(folder: Path, settings: dict[str, Any]) -> Path:
         config=config,
         model=model,
         catalogue=Catalogue(np.arange(1, N_ITEMS + 1) * 1000),
-        metrics={"full_ndcg10": 0.1},
+        metrics={"some_metric": 0.1},
         data_fingerprint="f",
     )
     save_model(folder / "model.pt", trained, item_counts=counts, category_of_row=None, n_users=5)
     return folder / "model.pt"
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_bundle_is_proven_and_its_golden_rows_come_back_by_http(name, tmp_path, redis_url):
+def exported(folder: Path, settings: dict[str, Any], split: str) -> GoldenRows:
+    """Write the bundle of an untrained model, proven, and return its golden rows."""
     table: list[ParityRow] = []
-    export(checkpoint(tmp_path, MODELS[name]), tmp_path / "bundle", report=table.extend)
+    export(checkpoint(folder, settings, split), folder / "bundle", report=table.extend)
     assert max(row.max_difference for row in table) <= VALUE_TOLERANCE
-    assert read_manifest(tmp_path / "bundle").score_kind == "affinity"
+    return GoldenRows.load(folder / "bundle" / GOLDEN)
 
-    golden = GoldenRows.load(tmp_path / "bundle" / GOLDEN)
+
+@contextmanager
+def served(bundle: Path, redis_url: str, golden: GoldenRows) -> Iterator[LiveService]:
+    """Serve a bundle; users "0", "1", .. have the golden histories."""
     settings = Settings(
-        bundle=tmp_path / "bundle",
+        bundle=bundle,
         redis_url=redis_url,
         redis_timeout_s=5.0,
         deadline_s=30.0,
         recommend_deadline_s=30.0,
     )
-    model = OnnxModel(tmp_path / "bundle", threads=1)
+    model = OnnxModel(bundle, threads=1)
     with (
         Redis.from_url(redis_url) as redis,
         live_service(create_app(settings, model), model) as service,
     ):
         for row, history in enumerate(golden.histories):
             redis.set(history_key(settings.key_prefix, str(row)), history)
-            candidates = golden.candidates[row].tolist()
-            scores = service.scores(
-                str(row), candidates, ranking_time=int(golden.ranking_times[row])
-            )
-            np.testing.assert_allclose(scores, golden.scores[row], rtol=1e-4, atol=1e-5)
+        yield service
+
+
+def assert_golden(service: LiveService, golden: GoldenRows) -> None:
+    for row, candidates in enumerate(golden.candidates):
+        time = int(golden.ranking_times[row])
+        scores = service.scores(str(row), candidates.tolist(), ranking_time=time)
+        np.testing.assert_allclose(scores, golden.scores[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NEXT_ITEM_MODELS)
+def test_a_next_item_bundle_gives_its_golden_scores_and_the_best_item(name, tmp_path, redis_url):
+    golden = exported(tmp_path, NEXT_ITEM_MODELS[name], "leave-one-out")
+    assert read_manifest(tmp_path / "bundle").score_kind == "affinity"
+    with served(tmp_path / "bundle", redis_url, golden) as service:
+        assert_golden(service, golden)
         (best,) = service.recommended("0", k=1)
         everything = service.scores("0", (np.arange(1, N_ITEMS + 1) * 1000).tolist())
         assert best == 1000 * (1 + int(np.argmax(everything)))
+
+
+@pytest.mark.parametrize("name", CLICK_MODELS)
+def test_a_click_bundle_gives_its_golden_probabilities(name, tmp_path, redis_url):
+    golden = exported(tmp_path, CLICK_MODELS[name], "time")
+    assert read_manifest(tmp_path / "bundle").score_kind == "probability"
+    with served(tmp_path / "bundle", redis_url, golden) as service:
+        assert_golden(service, golden)
