@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from training.comparison.costs import N_CANDIDATES, LengthCost
@@ -52,6 +53,8 @@ def trade_off(points: Sequence[TradeOff], metric: str) -> str:
         )
         axes.annotate(point.label, (point.latency_ms, point.quality), ha="center", va="center")
     axes.set_xscale("log")
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(StrMethodFormatter("{x:g}"))
     axes.margins(0.2)
     axes.set(xlabel=f"ms to score {N_CANDIDATES} candidates", ylabel=metric)
     axes.grid(alpha=0.3)
