@@ -314,7 +314,7 @@ def test_every_parameter_learns(weight, induction):
 
 def test_each_recurrence_is_one_operator_of_any_length(tmp_path):
     """With all that it may have; the plain one is served in test_bundles_by_http."""
-    scorer = Scorer(mimn(utilisation_weight=0.3, induction=True), "probability")
+    scorer = Scorer(mimn(weight=0.3, induction=True), "probability")
     path = tmp_path / "model.onnx"
     convert(scorer, SPEC, path)
     session = open_session(path)
