@@ -85,7 +85,7 @@ def checkpoint(folder: Path, settings: dict[str, Any], split: str) -> Path:
         config.model,
         config.features,
         item_counts=counts,
-        category_of_row=None,
+        features_of_row=None,
         n_users=5,
         seed=1,
     )
@@ -96,7 +96,7 @@ def checkpoint(folder: Path, settings: dict[str, Any], split: str) -> Path:
         metrics={"some_metric": 0.1},
         data_fingerprint="f",
     )
-    save_model(folder / "model.pt", trained, item_counts=counts, category_of_row=None, n_users=5)
+    save_model(folder / "model.pt", trained, item_counts=counts, features_of_row=None, n_users=5)
     return folder / "model.pt"
 
 

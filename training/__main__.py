@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ROLE=NAME",
         help="the log's name for user, item, time, label, category or order",
     )
+    one.add_argument(
+        "--item-feature",
+        action="append",
+        default=[],
+        metavar="NAME[=COLUMN]",
+        help="a further categorical feature of items, such as brand=brand_id",
+    )
     one.add_argument("--drop-invalid", action="store_true", help="leave out rows without meaning")
     one.set_defaults(run=_prepare)
 
@@ -110,11 +117,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace) -> int:
     columns = dict(pair.partition("=")[::2] for pair in options.column)
+    features = [feature.partition("=")[::2] for feature in options.item_feature]
     report = prepare(
         LogSource(
             path=options.log,
             format=options.format,
             columns=columns,
+            item_features={name: column or name for name, column in features},
             label_threshold=options.label_threshold,
             time_unit=options.time_unit,
         ),

@@ -4,6 +4,7 @@ Files are replaced whole (`staged_file`), and read without unpickling code (`wei
 """
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from training.calibration import Calibration
 from training.config import RunConfig, parse_config
 from training.errors import CheckpointError, ConfigError
 from training.folders import staged_file
-from training.models.build import Scorer, build_model, score_kind
+from training.models.build import Scorer, build_model, chosen_features, score_kind
 
 FORMAT_VERSION = 2
 
@@ -101,10 +102,10 @@ def save_model(
     trained: TrainedModel,
     *,
     item_counts: Tensor,
-    category_of_row: Tensor | None,
+    features_of_row: Mapping[str, Tensor] | None,
     n_users: int = 0,
 ) -> None:
-    """Replace `path` by the trained model, atomically."""
+    """Replace `path` by the trained model, atomically; the others are as in `build_model`."""
     _save(
         path,
         "model",
@@ -112,7 +113,7 @@ def save_model(
             "config": trained.config.model_dump(mode="json"),
             "item_ids": torch.from_numpy(trained.catalogue.item_ids),
             "item_counts": item_counts,
-            "category_of_row": category_of_row,
+            "features_of_row": chosen_features(trained.config.model, features_of_row or {}),
             "n_users": n_users,
             "weights": trained.model.state_dict(),
             "calibration": trained.calibration and trained.calibration.as_fields(),
@@ -131,7 +132,8 @@ def load_model(path: Path) -> TrainedModel:
             config.model,
             config.features,
             item_counts=fields["item_counts"],
-            category_of_row=fields["category_of_row"],
+            # Models that were saved before there were features have none.
+            features_of_row=fields.get("features_of_row"),
             n_users=fields["n_users"],
         )
         model.load_state_dict(fields["weights"])

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from contract.bundle import CalibrationMethod
 from contract.features import FeatureSpec
+from training.data.log import FEATURE_NAME
 from training.data.negatives import NegativeSampling
 from training.data.splits import SplitName
 from training.errors import ConfigError
@@ -16,6 +17,7 @@ from training.ranking import Protocol
 
 Positive = Annotated[int, Field(ge=1)]
 Units = Annotated[tuple[Positive, ...], Field(max_length=8)]
+FeatureName = Annotated[str, Field(pattern=FEATURE_NAME)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -37,7 +39,21 @@ class _AttentionSettings(_Settings):
         return self
 
 
-class ImnConfig(_Settings):
+class _ClickSettings(_Settings):
+    """`item_features`: of the log, such as ["category", "brand"], whose embeddings are added to the
+    item's.
+    """
+
+    item_features: tuple[FeatureName, ...] = ()
+
+    @model_validator(mode="after")
+    def _features_are_added_once(self) -> Self:
+        if len(set(self.item_features)) < len(self.item_features):
+            raise ValueError(f"item_features: {list(self.item_features)} names one of them twice")
+        return self
+
+
+class ImnConfig(_ClickSettings):
     """IMN-kP: `iterations` is k; `enhancement_steps` above 0 makes it IMN-kP+.
 
     The paper's ablations, see `training.models.imn`. `attention`: what makes the weights; "none"
@@ -53,7 +69,6 @@ class ImnConfig(_Settings):
     enhancement_steps: Annotated[int, Field(ge=0)] = 0
     attention_units: Positive = 8
     head_units: Units = (128, 64)
-    use_category: bool = False
     attention: Literal["multiway", "dot", "none"] = "multiway"
     weights: Literal["sigmoid", "softmax"] = "sigmoid"
     distance: bool = True
@@ -79,16 +94,15 @@ class ImnConfig(_Settings):
         return self
 
 
-class YouTubeDnnConfig(_Settings):
+class YouTubeDnnConfig(_ClickSettings):
     """YouTube DNN as a click model."""
 
     name: Literal["youtube_dnn"]
     embedding_dim: Positive = 32
     head_units: Units = (128, 64)
-    use_category: bool = False
 
 
-class DinConfig(_Settings):
+class DinConfig(_ClickSettings):
     """DIN. `normalise`: attention weights by a softmax, or, as the paper has it, as they come."""
 
     name: Literal["din"]
@@ -97,10 +111,9 @@ class DinConfig(_Settings):
     normalise: bool = True
     activation: Literal["relu", "prelu", "dice"] = "relu"
     head_units: Units = (128, 64)
-    use_category: bool = False
 
 
-class DienConfig(_Settings):
+class DienConfig(_ClickSettings):
     """DIEN. `hidden_units`: of both recurrences, 0 as wide as an embedding. `augru`: whether the
     update gate is the paper's, or that of the authors' code. `auxiliary_weight`: of the loss of the
     next behavior; 0 leaves it out.
@@ -114,10 +127,9 @@ class DienConfig(_Settings):
     auxiliary_weight: Weight = 1.0
     activation: Literal["relu", "prelu", "dice"] = "relu"
     head_units: Units = (128, 64)
-    use_category: bool = False
 
 
-class MimnConfig(_Settings):
+class MimnConfig(_ClickSettings):
     """MIMN. `utilisation_weight`: of the loss of slots that are used unevenly; 0 leaves it out.
     `induction`: whether slots have channels of their own.
     """
@@ -128,10 +140,9 @@ class MimnConfig(_Settings):
     utilisation_weight: Weight = 0.0
     induction: bool = False
     head_units: Units = (128, 64)
-    use_category: bool = False
 
 
-class Ubr4CtrConfig(_Settings):
+class Ubr4CtrConfig(_ClickSettings):
     """UBR4CTR, with the selection by self-attention that logs without side information need."""
 
     name: Literal["ubr4ctr"]
@@ -139,7 +150,6 @@ class Ubr4CtrConfig(_Settings):
     selection_heads: Positive = 2
     selection_units: Positive = 20
     head_units: Units = (128, 64)
-    use_category: bool = False
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:
@@ -151,7 +161,7 @@ class Ubr4CtrConfig(_Settings):
         return self
 
 
-class SasRecClickConfig(_AttentionSettings):
+class SasRecClickConfig(_ClickSettings, _AttentionSettings):
     """SASRec as a click model. `ffn_units`: 0 as wide as an embedding."""
 
     name: Literal["sasrec_click"]
@@ -161,7 +171,6 @@ class SasRecClickConfig(_AttentionSettings):
     ffn_units: Annotated[int, Field(ge=0)] = 0
     dropout: Rate = 0.0
     head_units: Units = (128, 64)
-    use_category: bool = False
 
 
 class PopularityConfig(_Settings):
@@ -461,7 +470,7 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     """Check a mapping read from TOML or JSON; `where` names it in the error."""
     try:
         # TOML and JSON have lists only; strict mode must take them for tuples.
-        return RunConfig.model_validate_json(json.dumps(raw))
+        return RunConfig.model_validate_json(json.dumps(_without_use_category(raw, where)))
     except TypeError as error:  # dates and times, which JSON has not
         raise ConfigError(f"{where}: {error}") from error
     except ValidationError as error:
@@ -469,6 +478,18 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
             f"{'.'.join(map(str, e['loc'])) or 'run'}: {e['msg']}" for e in error.errors()
         )
         raise ConfigError(f"{where}: {reasons}") from error
+
+
+def _without_use_category(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings as they are now said of a model that was saved before `item_features`."""
+    model = raw.get("model")
+    if not isinstance(model, dict) or "use_category" not in model:
+        return raw
+    if model["use_category"] is not False:
+        raise ConfigError(
+            f"{where}: model.use_category: has become model.item_features = ['category']"
+        )
+    return {**raw, "model": {key: model[key] for key in model if key != "use_category"}}
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -70,13 +70,14 @@ class Task(Protocol):
     """One kind of learning on one prepared log.
 
     `metric`: of a held-out part, the higher the better: the best epoch has the highest.
-    `item_counts`, `category_of_row`: int64 [catalogue rows]. `n_users`: users of the log.
+    `item_counts`: int64 [catalogue rows]. `features_of_row`: the features of items that the log
+    has, by name int64 [catalogue rows]. `n_users`: users of the log.
     """
 
     metric: str
     catalogue: Catalogue
     item_counts: Tensor
-    category_of_row: Tensor | None
+    features_of_row: dict[str, Tensor]
     n_users: int
     model: nn.Module
     """As yet untrained."""
@@ -149,7 +150,7 @@ class ClickTask:
         self.data = open_click_data(log, config)
         self.catalogue = self.data.catalogue
         self.item_counts = self.data.item_counts
-        self.category_of_row = self.data.category_of_row
+        self.features_of_row = self.data.features_of_row
         self.n_users = log.header.n_users
         self.model = _build(self, config)
         settings = config.model
@@ -243,7 +244,7 @@ class NextItemTask:
         self.data = open_next_item_data(log, config)
         self.catalogue = self.data.catalogue
         self.item_counts = self.data.item_counts
-        self.category_of_row = self.data.category_of_row
+        self.features_of_row = self.data.features_of_row
         self.n_users = log.header.n_users
         self.model = _build(self, config, _item_codes(self.data, config))
         assert isinstance(self.model, NextItemModel)
@@ -391,7 +392,7 @@ def _dual_task(data: NextItemData, config: RunConfig) -> DualTask | None:
         config.model.model_copy(update={"codes": 0, "user_embedding": False}),
         config.features,
         item_counts=sequences.counts_U,
-        category_of_row=None,
+        features_of_row=None,
         # Not the model's: rows of users would start as the very vectors of rows of items.
         seed=config.train.seed + 1,
     )
@@ -414,7 +415,7 @@ def _build(
         config.model,
         config.features,
         item_counts=task.item_counts,
-        category_of_row=task.category_of_row,
+        features_of_row=task.features_of_row,
         n_users=task.n_users,
         code_of_row=code_of_row,
         seed=config.train.seed,

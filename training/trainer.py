@@ -170,7 +170,7 @@ class _Run:
                 self.folder / MODEL,
                 trained,
                 item_counts=self.task.item_counts,
-                category_of_row=self.task.category_of_row,
+                features_of_row=self.task.features_of_row,
                 n_users=self.task.n_users,
             )
             self.task.save_evaluation(self.folder)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from contract.catalogue import Catalogue
+from contract.catalogue import FIRST_ROW, Catalogue
 from tests.training.conftest import world_log as world_log
 from tests.training.runs import run_config
 from training.checkpoint import TrainedModel, save_model
@@ -19,13 +19,19 @@ from training.trainer import MODEL, train
 
 MODELS = {
     "imn": {"name": "imn", "embedding_dim": 8, "iterations": 2, "head_units": [8]},
-    "imn with enhancement and category": {
+    "imn with enhancement and features": {
         "name": "imn", "embedding_dim": 8, "iterations": 3, "enhancement_steps": 2,
-        "head_units": [8], "use_category": True,
+        "head_units": [8], "item_features": ["category", "brand"],
     },
     "youtube_dnn": {"name": "youtube_dnn", "embedding_dim": 8, "head_units": [8]},
     "popularity": {"name": "popularity"},
 }  # fmt: skip
+
+
+def features_of(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return features of items for the rows of a catalogue; the last item has no brand."""
+    items = (rows - FIRST_ROW).clamp(min=0)
+    return {"brand": (len(rows) - 1 - rows) % 7 * (items > 0), "category": items % 5}
 
 
 @pytest.fixture
@@ -42,9 +48,9 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
             model,
         )
         counts = torch.arange(n_items + 2)
-        categories = counts % 5
+        features = features_of(counts)
         network = build_model(
-            config.model, config.features, item_counts=counts, category_of_row=categories, seed=1
+            config.model, config.features, item_counts=counts, features_of_row=features, seed=1
         )
         trained = TrainedModel(
             config=config,
@@ -54,7 +60,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
             data_fingerprint="fingerprint",
         )
         path = tmp_path / "model.pt"
-        save_model(path, trained, item_counts=counts, category_of_row=categories)
+        save_model(path, trained, item_counts=counts, features_of_row=features)
         return path
 
     return save

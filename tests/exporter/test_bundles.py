@@ -16,7 +16,7 @@ from exporter.bundles import export, golden_rows
 from exporter.errors import ExportError
 from exporter.parity import VALUE_TOLERANCE, ParityRow, open_session
 from service.model import OnnxModel
-from tests.exporter.conftest import MODELS
+from tests.exporter.conftest import MODELS, features_of
 from training.calibration import Calibration
 from training.checkpoint import TrainedModel, load_model, save_model
 from training.errors import CheckpointError
@@ -46,8 +46,19 @@ def test_the_manifest_says_where_the_model_comes_from(checkpoint, tmp_path):
     assert manifest.calibration == "none"
 
 
-def test_golden_rows_are_what_the_graph_gives(checkpoint, tmp_path):
-    export(checkpoint(), tmp_path / "bundle")
+def test_features_of_items_are_constants_of_the_graph(checkpoint, tmp_path):
+    """A request sends ids only."""
+    path = checkpoint("imn with enhancement and features")
+    export(path, tmp_path / "bundle")
+    graph = onnx.load(tmp_path / "bundle" / MODEL).graph
+    constants = [onnx.numpy_helper.to_array(weight) for weight in graph.initializer]
+    for of_row in features_of(torch.arange(load_model(path).catalogue.n_rows)).values():
+        assert any(np.array_equal(of_row, constant) for constant in constants)
+
+
+@pytest.mark.parametrize("model", ["imn", "imn with enhancement and features"])
+def test_golden_rows_are_what_the_graph_gives(checkpoint, tmp_path, model):
+    export(checkpoint(model), tmp_path / "bundle")
     manifest = read_manifest(tmp_path / "bundle")
     golden = GoldenRows.load(tmp_path / "bundle" / GOLDEN)
     lengths = [len(raw) // 12 for raw in golden.histories]
@@ -89,7 +100,7 @@ def calibrate(path: Path, calibration: Calibration) -> TrainedModel:
     plain = load_model(path)
     trained = replace(plain, calibration=calibration)
     rows = torch.arange(trained.catalogue.n_rows)
-    save_model(path, trained, item_counts=rows, category_of_row=rows % 5)
+    save_model(path, trained, item_counts=rows, features_of_row=None)
     return plain
 
 

@@ -34,13 +34,13 @@ def make_bundle(folder: Path) -> Path:
     trained = TrainedModel(
         config=config,
         model=build_model(
-            config.model, config.features, item_counts=counts, category_of_row=None, seed=1
+            config.model, config.features, item_counts=counts, features_of_row=None, seed=1
         ),
         catalogue=catalogue,
         metrics={"auc": 0.5},
         data_fingerprint="f",
     )
-    save_model(folder / "model.pt", trained, item_counts=counts, category_of_row=None)
+    save_model(folder / "model.pt", trained, item_counts=counts, features_of_row=None)
     export(folder / "model.pt", folder / "bundle", model_version="tiny-1")
     return folder / "bundle"
 

@@ -70,7 +70,7 @@ def open_with_model(log: PreparedLog, config: RunConfig) -> tuple[NextItemData, 
         config.model,
         config.features,
         item_counts=data.item_counts,
-        category_of_row=None,
+        features_of_row=None,
         n_users=log.header.n_users,
         seed=3,
     )
@@ -228,7 +228,7 @@ class TestCommand:
         config = config_of(model, holdout_steps=3, history_length=20)
         data = open_next_item_data(log, config)
         network = build_model(
-            config.model, config.features, item_counts=data.item_counts, category_of_row=None,
+            config.model, config.features, item_counts=data.item_counts, features_of_row=None,
             n_users=log.header.n_users, seed=3,
         )  # fmt: skip
         trained = TrainedModel(
@@ -242,7 +242,7 @@ class TestCommand:
             tmp_path / "model.pt",
             trained,
             item_counts=data.item_counts,
-            category_of_row=None,
+            features_of_row=None,
             n_users=log.header.n_users,
         )
         return network, data, str(tmp_path / "model.pt")

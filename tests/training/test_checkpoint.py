@@ -2,12 +2,13 @@
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from contract.catalogue import Catalogue
+from contract.catalogue import FIRST_ROW, Catalogue
 from tests.training.models.inputs import inputs
 from tests.training.runs import run_config
 from training.calibration import Calibration
@@ -21,14 +22,19 @@ from training.checkpoint import (
 from training.errors import CheckpointError
 from training.models.build import build_model
 
+COUNTS = torch.arange(20)
+ROWS = (COUNTS - FIRST_ROW).clamp(min=0)
+FEATURES = {"author": ROWS, "brand": ROWS % 5, "category": ROWS % 3}
+
 
 @pytest.fixture
 def saved(tmp_path):
-    """A model with categories, saved; returns it with its path."""
-    config = run_config(model={"name": "imn", "embedding_dim": 4, "use_category": True})
-    counts, categories = torch.arange(20), torch.arange(20) % 3
+    """A model with two of the log's three features, saved; returns it with its path."""
+    config = run_config(
+        model={"name": "imn", "embedding_dim": 4, "item_features": ["category", "brand"]}
+    )
     model = build_model(
-        config.model, config.features, item_counts=counts, category_of_row=categories, seed=1
+        config.model, config.features, item_counts=COUNTS, features_of_row=FEATURES, seed=1
     )
     trained = TrainedModel(
         config=config,
@@ -37,7 +43,7 @@ def saved(tmp_path):
         metrics={"auc": 0.5},
         data_fingerprint="f",
     )
-    save_model(tmp_path / "model.pt", trained, item_counts=counts, category_of_row=categories)
+    save_model(tmp_path / "model.pt", trained, item_counts=COUNTS, features_of_row=FEATURES)
     return trained, tmp_path / "model.pt"
 
 
@@ -57,8 +63,8 @@ def test_its_calibration_is_loaded_and_in_its_scores(saved):
     save_model(
         path,
         replace(trained, calibration=curve),
-        item_counts=torch.arange(20),
-        category_of_row=torch.arange(20) % 3,
+        item_counts=COUNTS,
+        features_of_row=FEATURES,
     )
     loaded = load_model(path)
     batch = inputs([5, 0])
@@ -82,6 +88,45 @@ def test_a_model_from_before_calibrations_has_none(saved):
     assert loaded.config == trained.config
     batch = inputs([5, 0])
     assert torch.equal(loaded.scorer()(*batch), torch.sigmoid(trained.model(*batch)))
+
+
+def test_features_that_the_model_does_not_read_are_left_out(saved):
+    _, path = saved
+    kept = torch.load(path, weights_only=True)["fields"]["features_of_row"]
+    assert list(kept) == ["category", "brand"]
+
+
+class TestFromBeforeFeatures:
+    def save(self, path: Path, *, use_category: bool) -> TrainedModel:
+        """Write what a model without features was saved as when there was only a category."""
+        config = run_config()
+        model = build_model(
+            config.model, config.features, item_counts=COUNTS, features_of_row=None, seed=1
+        )
+        trained = TrainedModel(
+            config=config, model=model.eval(), catalogue=Catalogue(np.arange(1, 19)), metrics={},
+            data_fingerprint="f",
+        )  # fmt: skip
+        save_model(path, trained, item_counts=COUNTS, features_of_row=None)
+        content = torch.load(path, weights_only=True)
+        del content["fields"]["features_of_row"]
+        del content["fields"]["config"]["model"]["item_features"]
+        content["fields"]["category_of_row"] = None
+        content["fields"]["config"]["model"]["use_category"] = use_category
+        torch.save(content, path)
+        return trained
+
+    def test_a_model_without_category_is_loaded(self, tmp_path):
+        trained = self.save(tmp_path / "model.pt", use_category=False)
+        loaded = load_model(tmp_path / "model.pt")
+        assert loaded.config == trained.config
+        batch = inputs([5, 0])
+        assert torch.equal(loaded.model(*batch), trained.model(*batch))
+
+    def test_a_model_with_category_is_refused(self, tmp_path):
+        self.save(tmp_path / "model.pt", use_category=True)
+        with pytest.raises(CheckpointError, match=r"model\.item_features = \['category'\]"):
+            load_model(tmp_path / "model.pt")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -97,7 +97,7 @@ class TestFiles:
             iterations = 1
             enhancement_steps = 2
             head_units = [32, 16, 8]
-            use_category = true
+            item_features = ["category", "brand"]
             [train]
             seed = 0
             learning_rate = 1
@@ -111,7 +111,11 @@ class TestFiles:
         assert config.data.click_rate == 0.02
         assert config.train.calibration == "isotonic"
         assert config.model == ImnConfig(
-            name="imn", iterations=1, enhancement_steps=2, head_units=(32, 16, 8), use_category=True
+            name="imn",
+            iterations=1,
+            enhancement_steps=2,
+            head_units=(32, 16, 8),
+            item_features=("category", "brand"),
         )
         assert config.train.learning_rate == 1.0
 
@@ -195,6 +199,10 @@ class TestFiles:
         assert parse_config(json.loads(config.model_dump_json()), "dump") == config
         assert parse_config(config.model_dump(mode="json"), "dump") == config
 
+    def test_no_category_as_it_was_said_once_is_no_feature(self, tmp_path):
+        config = load(tmp_path, MINIMAL, "model.use_category=false")
+        assert config == load(tmp_path, MINIMAL)
+
     def test_every_named_run_is_valid_and_called_like_its_file(self):
         """There may be none."""
         named = {path.stem: load_config(path).name for path in sorted(NAMED_RUNS.glob("*.toml"))}
@@ -234,15 +242,31 @@ class TestRefused:
         with pytest.raises(ConfigError, match=rf"run\.toml: {key}: Extra inputs are not permitted"):
             load(tmp_path, MINIMAL, override)
 
+    @pytest.mark.parametrize(
+        ("features", "reason"),
+        [
+            pytest.param(["brand", "category", "brand"], "names one of them twice", id="twice"),
+            pytest.param(["Brand"], "should match pattern", id="no name"),
+        ],
+    )
+    def test_features_of_items_that_cannot_be(self, tmp_path, features, reason):
+        with pytest.raises(ConfigError, match=rf"model\.imn.*: .*{reason}"):
+            load(tmp_path, MINIMAL, f"model.item_features={features}")
+
+    @pytest.mark.parametrize("value", ["true", "1"])
+    def test_a_category_as_it_was_asked_for_once(self, tmp_path, value):
+        with pytest.raises(
+            ConfigError, match=r"model\.use_category: has become model\.item_features = \['category"
+        ):
+            load(tmp_path, MINIMAL, f"model.use_category={value}")
+
     def test_a_setting_of_another_model(self, tmp_path):
         with pytest.raises(ConfigError, match=r"model\.youtube_dnn\.iterations: Extra inputs"):
             load(tmp_path, MINIMAL, "model.name=youtube_dnn", "model.iterations=2")
 
     def test_an_unknown_model_with_those_there_are(self, tmp_path):
-        with pytest.raises(
-            ConfigError, match=r"model: .*'din'.*'imn', 'youtube_dnn', 'popularity'"
-        ):
-            load(tmp_path, MINIMAL, "model.name=din")
+        with pytest.raises(ConfigError, match=r"model: .*'none'.*'imn', 'youtube_dnn', 'din'"):
+            load(tmp_path, MINIMAL, "model.name=none")
 
     @pytest.mark.parametrize(
         ("override", "reason"),
@@ -251,10 +275,11 @@ class TestRefused:
             pytest.param("train.seed=1.0", "train.seed: .*valid integer", id="float as integer"),
             pytest.param("train.seed=true", "train.seed: .*valid integer", id="bool as integer"),
             pytest.param("train.learning_rate=fast", "train.learning_rate: .*number", id="a word"),
-            pytest.param(
-                "model.use_category=1", "model.imn.use_category: .*boolean", id="1 as bool"
-            ),
+            pytest.param("model.distance=1", "model.imn.distance: .*boolean", id="1 as bool"),
             pytest.param("model.head_units=64", "model.imn.head_units: .*", id="no list"),
+            pytest.param(
+                "model.item_features=category", "model.imn.item_features: .*", id="a word as list"
+            ),
             pytest.param("train=3", "train: .*", id="a number as section"),
             pytest.param("name=5", "name: .*valid string", id="a number as name"),
         ],
@@ -446,7 +471,7 @@ class TestOverrides:
             pytest.param("data.split='time'", "data", "split", "time", id="quoted"),
             pytest.param("train.learning_rate=3e-4", "train", "learning_rate", 3e-4, id="float"),
             pytest.param("train.weight_decay=0", "train", "weight_decay", 0.0, id="0 as float"),
-            pytest.param("model.use_category=true", "model", "use_category", True, id="bool"),
+            pytest.param("model.distance=false", "model", "distance", False, id="bool"),
             pytest.param("model.head_units=[9, 8]", "model", "head_units", (9, 8), id="list"),
             pytest.param("model.head_units=[]", "model", "head_units", (), id="empty list"),
         ],

@@ -60,7 +60,7 @@ class Subject:
             self.config.model,
             spec,
             item_counts=self.item_counts,
-            category_of_row=None,
+            features_of_row=None,
             n_users=self.n_users,
             seed=1,
         )

@@ -19,14 +19,14 @@ from training.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ClickData:
-    """The catalogue of the training part, its item counts and categories, and the loaders.
+    """The catalogue of the training part, its item counts and features, and the loaders.
 
-    `item_counts`, `category_of_row`: int64 [catalogue rows]; the latter None without categories.
+    `item_counts`: int64 [catalogue rows]. `features_of_row`: see `item_features`.
     """
 
     catalogue: Catalogue
     item_counts: Tensor
-    category_of_row: Tensor | None
+    features_of_row: dict[str, Tensor]
     loaders: dict[Part, ClickLoader]
 
 
@@ -64,7 +64,7 @@ def open_click_data(log: PreparedLog, config: RunConfig) -> ClickData:
     return ClickData(
         catalogue=catalogue,
         item_counts=torch.from_numpy(counts),
-        category_of_row=item_categories(log, catalogue),
+        features_of_row=item_features(log, catalogue),
         loaders={part: loader(part) for part in Part},
     )
 
@@ -106,10 +106,14 @@ def count_items(catalogue: Catalogue, items: NDArray[np.int64]) -> NDArray[np.in
     return np.bincount(rows, minlength=catalogue.n_rows).astype(np.int64)
 
 
-def item_categories(log: PreparedLog, catalogue: Catalogue) -> Tensor | None:
-    """Return the category row of each catalogue row, int64 [rows]; None without categories."""
-    if not log.header.has_categories:
-        return None
-    categories = np.zeros(catalogue.n_rows, dtype=np.int64)
-    categories[FIRST_ROW:] = log.item_categories[np.searchsorted(log.items, catalogue.item_ids)]
-    return torch.from_numpy(categories)
+def item_features(log: PreparedLog, catalogue: Catalogue) -> dict[str, Tensor]:
+    """Return, by feature of items, the feature's row of each catalogue row, int64 [rows]; 0 for
+    none, as padding and the unknown item have.
+    """
+    found = np.searchsorted(log.items, catalogue.item_ids)
+    features = {}
+    for name, row_of_item in log.item_features.items():
+        rows = np.zeros(catalogue.n_rows, dtype=np.int64)
+        rows[FIRST_ROW:] = row_of_item[found]
+        features[name] = torch.from_numpy(rows)
+    return features

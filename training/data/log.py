@@ -5,8 +5,11 @@ impression_offsets.npy    int64 [users + 1]
 probabilities.bin         float32, true click probability of each impression (synthetic logs)
 items.npy                 int64 item ids, ascending
 item_categories.npy       int32, category row of each item, 0 for none
+item_features.npy         one int32 field for each further feature of items, with rows alike;
+                          left out where there are none
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,18 @@ IMPRESSION_OFFSETS = "impression_offsets.npy"
 PROBABILITIES = "probabilities.bin"
 ITEMS = "items.npy"
 ITEM_CATEGORIES = "item_categories.npy"
+ITEM_FEATURES = "item_features.npy"
+CATEGORY = "category"
+FEATURE_NAME = r"^[a-z][a-z0-9_]*$"
+_ROW = np.dtype("<i4")
 _PROBABILITY = np.dtype("<f4")
 
 
 class PreparedLog(HistoryLog):
     """Memory-mapped arrays of a folder that `training.data.prepare` wrote.
+
+    `item_features`: by name, int32 [items], the row that each of `items` has in a feature's table,
+    0 for none; among them "category" where the log has categories.
 
     Raises HistoryLogError when a file is missing or does not fit the header.
     """
@@ -42,7 +52,13 @@ class PreparedLog(HistoryLog):
             folder / IMPRESSION_OFFSETS, header.n_users, header.n_impressions
         )
         self.items = _vector(folder / ITEMS, np.dtype(np.int64), header.n_items)
-        self.item_categories = _vector(folder / ITEM_CATEGORIES, np.dtype(np.int32), header.n_items)
+        categories = _vector(folder / ITEM_CATEGORIES, _ROW, header.n_items)
+        self.item_features: dict[str, NDArray[np.int32]] = {}
+        if header.has_categories:
+            self.item_features[CATEGORY] = categories
+        # Logs without further features have no such file, nor have those from before them.
+        if (folder / ITEM_FEATURES).exists():
+            self.item_features |= _fields(folder / ITEM_FEATURES, header.n_items)
         self.probabilities: NDArray[Any] | None = None
         if header.has_probabilities:
             size_bytes = _PROBABILITY.itemsize * header.n_impressions
@@ -61,11 +77,32 @@ def _repeat_users(offsets: NDArray[np.int64]) -> NDArray[np.int32]:
     return np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
 
 
-def _vector(path: Path, dtype: np.dtype[np.generic], length: int) -> NDArray[Any]:
+def _fields(path: Path, length: int) -> dict[str, NDArray[np.int32]]:
+    table = _load(path)
+    names = table.dtype.names or ()
+    expected = features_dtype(names)
+    if table.dtype != expected or table.shape != (length,):
+        raise HistoryLogError(
+            f"{path} holds {table.dtype} {table.shape}, expected fields of {_ROW} ({length},)"
+        )
+    return {name: table[name] for name in names}
+
+
+def features_dtype(names: Iterable[str]) -> np.dtype[np.void]:
+    """Return the type of an entry of item_features.npy."""
+    return np.dtype([(name, _ROW) for name in names])
+
+
+def _load(path: Path) -> NDArray[Any]:
     try:
-        vector: NDArray[Any] = np.load(path, allow_pickle=False)
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         raise HistoryLogError(f"{path} is not readable: {error}") from error
+    return array
+
+
+def _vector(path: Path, dtype: np.dtype[np.generic], length: int) -> NDArray[Any]:
+    vector = _load(path)
     if vector.dtype != dtype or vector.shape != (length,):
         raise HistoryLogError(
             f"{path} holds {vector.dtype} {vector.shape}, expected {dtype} ({length},)"

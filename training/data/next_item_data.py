@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contract.catalogue import FIRST_ROW, Catalogue
 from training.config import RunConfig
-from training.data.click_data import count_items, item_categories, training_catalogue
+from training.data.click_data import count_items, item_features, training_catalogue
 from training.data.log import PreparedLog
 from training.data.sequences import HeldOutLoader, SequenceLoader
 from training.data.splits import Part, Split, leave_one_out
@@ -31,10 +31,11 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class NextItemData:
-    """The split log, the catalogue of its training part, counts, categories and loaders.
+    """The split log, the catalogue of its training part, counts, features of items and
+    loaders.
 
-    `item_counts`, `category_of_row`, `popularity`: int64 [catalogue rows]; the first counts the
-    training part, the last all parts.
+    `item_counts`, `popularity`: int64 [catalogue rows]; the first counts the training part, the
+    other all parts. `features_of_row`: see `item_features`.
     """
 
     log: PreparedLog
@@ -42,7 +43,7 @@ class NextItemData:
     split: Split
     catalogue: Catalogue
     item_counts: Tensor
-    category_of_row: Tensor | None
+    features_of_row: dict[str, Tensor]
     popularity: NDArray[np.int64]
     held_out: dict[Part, HeldOutLoader]
 
@@ -98,7 +99,7 @@ def open_next_item_data(log: PreparedLog, config: RunConfig) -> NextItemData:
         split=split,
         catalogue=catalogue,
         item_counts=torch.from_numpy(counts),
-        category_of_row=item_categories(log, catalogue),
+        features_of_row=item_features(log, catalogue),
         popularity=popularity,
         held_out={
             part: HeldOutLoader(

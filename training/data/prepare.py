@@ -20,7 +20,7 @@ from contract.history_log import LogHeader
 from contract.records import MAX_ITEM, MAX_TIME, MAX_USER_ID_BYTES, MIN_ITEM, MIN_TIME, RECORD
 from training.data import log as prepared
 from training.data.kcore import k_core
-from training.data.readers import LogSource, scan
+from training.data.readers import FEATURE_PREFIX, LogSource, scan
 from training.errors import LogError
 from training.folders import staged_folder
 
@@ -54,7 +54,8 @@ class PrepareReport:
 
 
 def prepare(source: LogSource, target: Path, options: PrepareOptions) -> PrepareReport:
-    """Write the log at `source` to the folder `target`; LogError says what is wrong with it.
+    """Write the log at `source` to the folder `target`; LogError says what is wrong with it, and
+    ConfigError with the features of items that `source` asks for.
 
     Rows are sorted by user, time, `order` where the log has it, and their place in the log: ties
     keep the order in which they were logged, never that of the item ids.
@@ -171,7 +172,7 @@ def _write(
                 if has_probabilities:
                     shown["probability"].to_numpy().tofile(probabilities)
 
-    n_items, has_categories = _write_items(rows, folder, has_categories="category" in names)
+    n_items = _write_items(rows, folder, names)
     header = LogHeader(
         format_version=history_log.FORMAT_VERSION,
         source=source.path.name,
@@ -182,20 +183,37 @@ def _write(
         n_items=n_items,
         has_labels=has_labels,
         has_probabilities=has_probabilities,
-        has_categories=has_categories,
+        has_categories=prepared.CATEGORY in names,
     )
     (folder / history_log.HEADER).write_text(json.dumps(header.model_dump(), indent=2) + "\n")
     return header
 
 
-def _write_items(rows: pl.LazyFrame, folder: Path, *, has_categories: bool) -> tuple[int, bool]:
-    category = pl.col("category").drop_nulls().first() if has_categories else pl.lit(None)
-    items = rows.group_by("item").agg(category=category).sort("item").collect(engine="streaming")
+def _write_items(rows: pl.LazyFrame, folder: Path, names: list[str]) -> int:
+    present = [
+        name for name in names if name == prepared.CATEGORY or name.startswith(FEATURE_PREFIX)
+    ]
+    # An item has the first value that is given for it.
+    values = [pl.col(name).drop_nulls().first() for name in present]
+    items = rows.group_by("item").agg(values).sort("item").collect(engine="streaming")
     np.save(folder / prepared.ITEMS, items["item"].to_numpy())
-    # Categories are numbered by name, so that the same log gives the same rows every time.
-    codes = items["category"].rank("dense").fill_null(0).cast(pl.Int32).to_numpy()
-    np.save(folder / prepared.ITEM_CATEGORIES, codes)
-    return len(items), has_categories
+    # Values are numbered by name, so that the same log gives the same rows every time.
+    feature_rows = {
+        name.removeprefix(FEATURE_PREFIX): items[name]
+        .rank("dense")
+        .fill_null(0)
+        .cast(pl.Int32)
+        .to_numpy()
+        for name in present
+    }
+    none = np.zeros(len(items), dtype=np.int32)
+    np.save(folder / prepared.ITEM_CATEGORIES, feature_rows.pop(prepared.CATEGORY, none))
+    if feature_rows:
+        table = np.empty(len(items), dtype=prepared.features_dtype(feature_rows))
+        for name, of_item in feature_rows.items():
+            table[name] = of_item
+        np.save(folder / prepared.ITEM_FEATURES, table)
+    return len(items)
 
 
 def _chunks(rows: pl.LazyFrame) -> Iterator[pl.DataFrame]:

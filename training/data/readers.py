@@ -2,11 +2,12 @@
 
 Columns of that table: `user` (integer or string), `item` int64, `time` int64 (unix seconds), and
 where the log has them `label` int8 (1 positive, 0 negative, null: a behavior outside of any
-impression), `probability` float32 (the true click probability, of a synthetic log), `category`
-and `order`.
+impression), `probability` float32 (the true click probability, of a synthetic log), `category`,
+`order` and, under FEATURE_PREFIX and its name, each further feature of items that was asked for.
 """
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from training.errors import LogError
+from training.data.log import CATEGORY, FEATURE_NAME
+from training.errors import ConfigError, LogError
 
 LogFormat = Literal["movielens-dat", "movielens-csv", "amazon", "taobao", "named"]
 FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
@@ -30,6 +32,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "order": ("order",),
 }
 REQUIRED = ("user", "item", "time")
+FEATURE_PREFIX = "feature_"
 _NO_LABEL = 2
 _MAX_BASE36_DIGITS = 12  # 36^12 < 2^63
 _AMAZON = ("user", "item", "rating", "timestamp")
@@ -42,19 +45,22 @@ class LogSource:
     """A log to read.
 
     `path`: a file, or a folder of Parquet files. `columns`: names that differ from ALIASES, such
-    as {"order": "sasrec_pos"}. `label_threshold`: a rating from here on is a positive (MovieLens).
-    `time_unit`: of the timestamps.
+    as {"order": "sasrec_pos"}. `item_features`: columns of further categorical features of items,
+    by the name that the feature gets. `label_threshold`: a rating from here on is a positive
+    (MovieLens). `time_unit`: of the timestamps.
     """
 
     path: Path
     format: LogFormat | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    item_features: Mapping[str, str] = field(default_factory=dict)
     label_threshold: float = 4.0
     time_unit: Literal["s", "ms"] = "s"
 
 
 def scan(source: LogSource) -> pl.LazyFrame:
-    """Return the log as a lazy table with the columns named above; LogError if it is no log.
+    """Return the log as a lazy table with the columns named above; LogError if it is no log,
+    ConfigError if it has not the features asked for.
 
     Item ids that are not numbers are read in base 36, which is one to one for names of one
     length such as Amazon's ASINs; users may be any string.
@@ -64,6 +70,13 @@ def scan(source: LogSource) -> pl.LazyFrame:
     unknown = sorted(set(source.columns) - set(ALIASES))
     if unknown:
         raise LogError(f"unknown column roles {unknown}, expected some of {sorted(ALIASES)}")
+    for name in source.item_features:
+        if name == CATEGORY:
+            raise ConfigError(
+                f"item feature {name!r}: is a role of its own; name its column by --column {name}="
+            )
+        if not re.fullmatch(FEATURE_NAME, name):
+            raise ConfigError(f"item feature {name!r}: expected a name that fits {FEATURE_NAME}")
     log_format = source.format or detect_format(source.path, source.columns.values())
     try:
         match log_format:
@@ -139,10 +152,12 @@ def _scan_named(source: LogSource) -> pl.LazyFrame:
     if path.is_dir():
         return pl.scan_parquet(path / "**/*.parquet")
     if path.suffix == ".csv":
-        # User ids are text, whatever they look like: as numbers, 007 and 7 would be one user.
-        users = {*ALIASES["user"], source.columns.get("user", "user")}
+        # User ids are text, whatever they look like: as numbers, 007 and 7 would be one user. So
+        # are features of items.
+        names = {*ALIASES["user"], source.columns.get("user", "user")}
+        names.update(source.item_features.values())
         present = pl.scan_csv(path, infer_schema=False).collect_schema().names()
-        text = {name: pl.String for name in users if name in present}
+        text = {name: pl.String for name in names if name in present}
         return pl.scan_csv(path, infer_schema_length=10_000, schema_overrides=text)
     return pl.scan_parquet(path)
 
@@ -162,6 +177,12 @@ def _rename(frame: pl.LazyFrame, source: LogSource) -> pl.LazyFrame:
                 f"{source.path}: no {role} column; looked for {', '.join(aliases)}, "
                 f"it has {present}"
             )
+    for name, column in source.item_features.items():
+        if column not in present:
+            raise ConfigError(
+                f"{source.path}: no column {column!r} for item feature {name}; it has {present}"
+            )
+        chosen[FEATURE_PREFIX + name] = column
     extra = [pl.col("rating")] if "rating" in present else []
     return frame.select([pl.col(name).alias(role) for role, name in chosen.items()] + extra)
 
@@ -186,6 +207,15 @@ def _cast(frame: pl.LazyFrame, source: LogSource, *, base36: bool) -> pl.LazyFra
         columns["category"] = pl.col("category").cast(pl.String)
     if "order" in schema:
         columns["order"] = pl.col("order").cast(pl.Int64)
+    # By name, so that the same log is the same in whatever order they are asked for.
+    for name, column in sorted(source.item_features.items()):
+        dtype = schema[FEATURE_PREFIX + name]
+        if not dtype.is_integer() and dtype not in (pl.String, pl.Categorical, pl.Enum):
+            raise ConfigError(
+                f"{source.path}: column {column!r} of item feature {name} must hold integers or "
+                f"strings, got {dtype}"
+            )
+        columns[FEATURE_PREFIX + name] = pl.col(FEATURE_PREFIX + name).cast(pl.String)
     return frame.select(**columns)
 
 

@@ -1,5 +1,6 @@
 """From settings to a model; what is common to all models stands here, and only here."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import assert_never
 
@@ -54,18 +55,19 @@ def build_model(
     spec: FeatureSpec,
     *,
     item_counts: Tensor,
-    category_of_row: Tensor | None,
+    features_of_row: Mapping[str, Tensor] | None,
     n_users: int = 0,
     code_of_row: Tensor | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     """Return an untrained model for a catalogue of len(item_counts) rows.
 
-    `item_counts`: int64 [rows], behaviors of each row in the training part. `category_of_row`:
-    int64 [rows], or None where the log has no categories. `n_users`: of the log, for models with
-    user embeddings. `code_of_row`: int64 [rows, codes], for a model whose settings ask for codes;
-    None leaves it to a state dict, which holds it. `seed` makes the weights reproducible and leaves
-    torch's generator as it was.
+    `item_counts`: int64 [rows], behaviors of each row in the training part. `features_of_row`: the
+    features of items that the log has, category and others, by name int64 [rows], see ItemEncoder;
+    None is none. `n_users`: of the log, for models with user embeddings. `code_of_row`: int64
+    [rows, codes], for a model whose settings ask for codes; None leaves it to a state dict, which
+    holds it. `seed` makes the weights reproducible and leaves torch's generator as it was. Raises
+    ConfigError where settings do not fit the log.
     """
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
@@ -73,7 +75,7 @@ def build_model(
         match config:
             case ImnConfig():
                 return IterativeMemoryNetwork(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     iterations=config.iterations,
@@ -89,14 +91,14 @@ def build_model(
                 )
             case YouTubeDnnConfig():
                 return YouTubeDNN(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     head_units=config.head_units,
                 )
             case DinConfig():
                 return DIN(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     attention_units=config.attention_units,
@@ -106,7 +108,7 @@ def build_model(
                 )
             case DienConfig():
                 return DIEN(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     hidden_units=config.hidden_units or config.embedding_dim,
@@ -118,7 +120,7 @@ def build_model(
                 )
             case MimnConfig():
                 return MIMN(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     n_slots=config.slots,
@@ -128,7 +130,7 @@ def build_model(
                 )
             case Ubr4CtrConfig():
                 return UBR4CTR(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     selection_heads=config.selection_heads,
@@ -137,7 +139,7 @@ def build_model(
                 )
             case SasRecClickConfig():
                 return SASRecClick(
-                    _items(config, len(item_counts), category_of_row),
+                    _items(config, len(item_counts), features_of_row or {}),
                     spec,
                     embedding_dim=config.embedding_dim,
                     n_layers=config.layers,
@@ -252,12 +254,28 @@ def score_kind(config: ModelConfig) -> ScoreKind:
     return "affinity" if is_affinity else "probability"
 
 
-def _items(config: ClickModelConfig, n_rows: int, category_of_row: Tensor | None) -> ItemEncoder:
-    if config.use_category and category_of_row is None:
-        raise ConfigError("model.use_category: the log has no category column")
-    return ItemEncoder(
-        n_rows, config.embedding_dim, category_of_row if config.use_category else None
-    )
+def chosen_features(
+    config: ModelConfig, features_of_row: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return those features of items that the model reads, in the order of its settings.
+
+    Raises ConfigError when the log has not one of them.
+    """
+    names = config.item_features if isinstance(config, ClickModelConfig) else ()
+    for name in names:
+        if name not in features_of_row:
+            raise ConfigError(
+                f"model.item_features: the log has no {name!r}; it has "
+                f"{', '.join(sorted(features_of_row)) or 'no features of items'}"
+            )
+    return {name: features_of_row[name] for name in names}
+
+
+def _items(
+    config: ClickModelConfig, n_rows: int, features_of_row: Mapping[str, Tensor]
+) -> ItemEncoder:
+    features = chosen_features(config, features_of_row)
+    return ItemEncoder(n_rows, config.embedding_dim, list(features.values()))
 
 
 def _next_items(

@@ -3,56 +3,75 @@
 Shapes: B requests, C candidates, L history length, D embedding width, G time granularities.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from contract.catalogue import PADDING_ROW
+from contract.catalogue import FIRST_ROW, PADDING_ROW
 from contract.features import FeatureSpec
 
 
+class _ItemFeature(nn.Module):
+    """One embedding for each value of a feature of items, exactly 0 for items without a value."""
+
+    of_row: Tensor
+
+    def __init__(self, of_row: Tensor, embedding_dim: int) -> None:
+        super().__init__()
+        self.values = embedding_table(int(of_row.max()) + 1, embedding_dim, padding_idx=0)
+        self.register_buffer("of_row", of_row)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return embeddings [..., D] of the values that catalogue rows [...] have."""
+        embedded: Tensor = self.values(self.of_row[rows])
+        return embedded
+
+
 class ItemEncoder(nn.Module):
-    """Item embedding, plus the embedding of the item's category where the log has one.
+    """Item embedding, plus the embeddings of the item's features, such as category or brand.
 
-    `category_of_row`: int64 [n_rows], the category row of each catalogue row, 0 for none; None
-    leaves categories out. They stand in the graph, so that a request sends item ids only. `std`: of
-    the embeddings at the start, instead of that of `embedding_table`.
+    `features_of_row`: of each feature int64 [n_rows], the feature's row of each catalogue row, 0
+    for none, as padding and the unknown item have. They stand in the graph, so that a request sends
+    item ids only. `std`: of the embeddings of items at the start, instead of that of
+    `embedding_table`. Raises ValueError when a feature does not fit the catalogue.
     """
-
-    category_of_row: Tensor
 
     def __init__(
         self,
         n_rows: int,
         embedding_dim: int,
-        category_of_row: Tensor | None = None,
+        features_of_row: Sequence[Tensor] = (),
         *,
         std: float | None = None,
     ) -> None:
         super().__init__()
         self.items = embedding_table(n_rows, embedding_dim, padding_idx=PADDING_ROW, std=std)
-        self.categories: nn.Embedding | None = None
-        if category_of_row is not None:
-            if category_of_row.shape != (n_rows,):
+        for of_row in features_of_row:
+            if of_row.shape != (n_rows,):
                 raise ValueError(
-                    f"category_of_row must have one entry for each of {n_rows} rows, "
-                    f"got shape {tuple(category_of_row.shape)}"
+                    f"features_of_row must have one entry for each of {n_rows} rows, "
+                    f"got shape {tuple(of_row.shape)}"
                 )
-            n_categories = int(category_of_row.max()) + 1
-            self.categories = embedding_table(n_categories, embedding_dim, padding_idx=0)
-            self.register_buffer("category_of_row", category_of_row)
+            if of_row[:FIRST_ROW].any():
+                raise ValueError(
+                    "features_of_row must be 0 for padding and the unknown item, "
+                    f"got {of_row[:FIRST_ROW].tolist()}"
+                )
+        self.features = nn.ModuleList(_ItemFeature(one, embedding_dim) for one in features_of_row)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return embeddings [..., D] of catalogue rows [...]; exactly 0 for padding."""
         embedded: Tensor = self.items(rows)
-        if self.categories is not None:
-            embedded = embedded + self.categories(self.category_of_row[rows])
+        for feature in self.features:
+            embedded = embedded + feature(rows)
         return embedded
 
     def table(self) -> Tensor:
         """Return the embeddings [rows, D] of the whole catalogue."""
         embedded: Tensor = self.items.weight
-        if self.categories is not None:
-            embedded = embedded + self.categories(self.category_of_row)
+        for feature in self.features:
+            embedded = embedded + feature(torch.arange(len(embedded), device=embedded.device))
         return embedded
 
 

@@ -26,12 +26,14 @@ def make_log(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Prepared
         *,
         behaviors: BehaviorChoice = "positives",
         min_interactions: int = 1,
+        item_features: Mapping[str, str] | None = None,
     ) -> PreparedLog:
         number = next(numbers)
         path = base / f"{number}.parquet"
         pl.DataFrame(columns).write_parquet(path)
         options = PrepareOptions(behaviors=behaviors, min_interactions=min_interactions)
-        prepare(LogSource(path=path), base / str(number), options)
+        source = LogSource(path=path, item_features=item_features or {})
+        prepare(source, base / str(number), options)
         return PreparedLog(base / str(number))
 
     return make

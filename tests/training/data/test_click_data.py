@@ -36,7 +36,9 @@ def shown(make_log: Callable[..., PreparedLog]) -> PreparedLog:
             "timestamp": list(range(8)),
             "label": [1, 0, 1, 0, 1, 1, 1, 0],
             "category": ["b", "a", "b", None, "c", "b", "d", "a"],
-        }
+            "brand_id": [15, 63, 15, 4, None, 15, 3, 63],
+        },
+        item_features={"brand": "brand_id"},
     )
 
 
@@ -105,13 +107,15 @@ class TestCatalogue:
         data = open_click_data(shown, config())
         assert data.item_counts.tolist() == [0, 0, 2, 0, 0]
 
-    def test_categories_have_the_row_of_their_item(self, shown):
-        data = open_click_data(shown, config())
-        assert data.category_of_row is not None
-        assert data.category_of_row.tolist() == [0, 0, 2, 1, 0]
+    def test_features_have_the_row_of_their_item(self, shown):
+        features = open_click_data(shown, config()).features_of_row
+        assert {name: rows.tolist() for name, rows in features.items()} == {
+            "category": [0, 0, 2, 1, 0],
+            "brand": [0, 0, 1, 4, 3],  # of "15", "3", "4" and "63"
+        }
 
-    def test_a_log_without_categories_has_no_rows_of_them(self, chosen):
-        assert open_click_data(chosen, config()).category_of_row is None
+    def test_a_log_without_features_has_no_rows_of_them(self, chosen):
+        assert open_click_data(chosen, config()).features_of_row == {}
 
 
 class TestSamples:

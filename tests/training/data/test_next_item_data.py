@@ -122,16 +122,15 @@ class TestTrainingLoader:
         assert share == pytest.approx(0.5, abs=0.06)
 
 
-def test_categories_stand_beside_the_items(make_log):
+def test_features_stand_beside_the_items(make_log):
     log = make_log({**COLUMNS, "category": ["b", "a", "b"] + ["c"] * 8})
     data = open_next_item_data(log, run())
-    assert data.category_of_row is not None
     # Named by rank: a, b, c. Item 10 is of b, 20 of a, 30 and 40 of c.
-    assert data.category_of_row.tolist() == [0, 0, 2, 1, 3, 3]
+    assert data.features_of_row["category"].tolist() == [0, 0, 2, 1, 3, 3]
 
 
-def test_without_categories_there_are_none(log):
-    assert open_next_item_data(log, run()).category_of_row is None
+def test_without_features_there_are_none(log):
+    assert open_next_item_data(log, run()).features_of_row == {}
 
 
 def test_a_split_by_time_is_refused(log):

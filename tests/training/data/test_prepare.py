@@ -191,19 +191,52 @@ class TestItems:
             }
         )
         assert log.items.tolist() == [10, 20, 30, 40, 50]
-        assert log.item_categories.tolist() == [3, 1, 0, 2, 2]
+        assert log.item_features["category"].tolist() == [3, 1, 0, 2, 2]
         assert log.header.has_categories
 
     def test_an_item_without_category_in_one_row_has_that_of_another(self, make_log):
         log = make_log(
             {"user": [1, 1], "item": [7, 7], "timestamp": [1, 2], "category": [None, "war"]}
         )
-        assert log.item_categories.tolist() == [1]
+        assert log.item_features["category"].tolist() == [1]
 
     def test_a_log_without_categories_has_none(self, make_log):
         log = make_log({"user": [1, 1], "item": [7, 8], "timestamp": [1, 2]})
         assert not log.header.has_categories
-        assert log.item_categories.tolist() == [0, 0]
+        assert log.item_features == {}
+
+    FEATURES: Mapping[str, Sequence[Any]] = {
+        "user": [2, 1, 1, 2, 1],
+        "item": [40, 10, 30, 20, 10],
+        "timestamp": [1, 2, 3, 4, 5],
+        "brand_id": [90, 100, None, 90, 7],
+        "author": ["woolf", None, None, "eco", "kafka"],
+    }
+
+    def test_further_features_are_numbered_from_1_by_name(self, make_log):
+        """Whether numbers or strings; of several values an item has the first that stands in its
+        behaviors, user by user.
+        """
+        log = make_log(self.FEATURES, item_features={"brand": "brand_id", "author": "author"})
+        assert log.items.tolist() == [10, 20, 30, 40]
+        assert {name: rows.tolist() for name, rows in log.item_features.items()} == {
+            "brand": [1, 2, 0, 2],  # "100" stands before "90"
+            "author": [2, 1, 0, 3],
+        }
+
+    def test_a_feature_without_any_value_is_none_of_all_items(self, make_log):
+        columns = {"user": [1, 1], "item": [7, 8], "timestamp": [1, 2]}
+        brands = pl.Series([None, None], dtype=pl.Int32)
+        log = make_log({**columns, "brand": brands}, item_features={"brand": "brand"})
+        assert log.item_features["brand"].tolist() == [0, 0]
+
+    def test_features_stand_beside_categories(self, make_log):
+        log = make_log(
+            {**self.FEATURES, "category": ["b", "a", "b", "a", "a"]},
+            item_features={"author": "author"},
+        )
+        assert log.item_features["category"].tolist() == [1, 1, 2, 2]
+        assert log.item_features["author"].tolist() == [2, 1, 0, 3]
 
     def test_k_core_is_taken_of_all_rows(self, make_log):
         """Item 3 and user 2 have one row each; shown rows count as much as chosen ones."""
@@ -237,6 +270,24 @@ class TestFingerprint:
         two = run(tmp_path / "other.parquet", tmp_path / "folder" / "two").header
         assert re.fullmatch("[0-9a-f]{64}", one.fingerprint)
         assert one.fingerprint == two.fingerprint
+
+    def test_of_a_log_without_further_features_is_what_it_was_before_there_were_any(self, make_log):
+        """Models name their log by it."""
+        assert make_log(self.BASE).header.fingerprint == (
+            "fd3d92c00b2556e26a5596ba68b0cea1fcf84f57360ecfd629c64572f4014463"
+        )
+
+    def test_further_features_are_in_it_in_whatever_order(self, make_log):
+        columns = {**self.BASE, "brand": [1, 2, 3], "author": ["a", "b", "b"]}
+        one = make_log(columns, item_features={"brand": "brand", "author": "author"})
+        same = make_log(columns, item_features={"author": "author", "brand": "brand"})
+        less = make_log(columns, item_features={"brand": "brand"})
+        other = make_log(
+            {**columns, "brand": [1, 3, 2]}, item_features={"brand": "brand", "author": "author"}
+        )
+        assert one.header.fingerprint == same.header.fingerprint
+        found = {log.header.fingerprint for log in (one, less, other, make_log(columns))}
+        assert len(found) == 4
 
     @pytest.mark.parametrize(
         "change",

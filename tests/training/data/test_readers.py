@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data.readers import LogFormat, LogSource, detect_format, scan
-from training.errors import LogError
+from training.errors import ConfigError, LogError
 
 
 def write(path: Path, text: str) -> Path:
@@ -218,6 +218,25 @@ class TestMapping:
             "time": [4],
         }
 
+    @pytest.mark.parametrize(
+        "brands",
+        [
+            pytest.param(pl.Series([7, None], dtype=pl.Int16), id="integers"),
+            pytest.param(pl.Series(["7", None]), id="strings"),
+            pytest.param(pl.Series(["7", None], dtype=pl.Categorical), id="categories"),
+        ],
+    )
+    def test_item_features_are_text(self, tmp_path, brands):
+        path = tmp_path / "log.parquet"
+        pl.DataFrame(
+            {"user": [1, 2], "item": [1, 2], "time": [1, 2], "make": brands}
+        ).write_parquet(path)
+        assert read(path, item_features={"brand": "make"})["feature_brand"] == ["7", None]
+
+    def test_item_features_of_a_csv_keep_leading_zeros(self, tmp_path):
+        path = write(tmp_path / "log.csv", "user,item,timestamp,brand\n1,2,3,007\n1,3,4,\n")
+        assert read(path, item_features={"brand": "brand"})["feature_brand"] == ["007", None]
+
     def test_milliseconds_become_whole_seconds_rounded_down(self, tmp_path):
         path = write(tmp_path / "log.csv", "user,item,timestamp\n1,1,1600000000999\n1,2,1000\n")
         assert read(path, time_unit="ms")["time"] == [1600000000, 1]
@@ -296,6 +315,36 @@ class TestErrors:
         path = write(tmp_path / "log.csv", "user,item,timestamp\n1,2,3\n")
         with pytest.raises(LogError, match=r"log\.csv: no column 'pos' for order; it has \['user'"):
             scan(LogSource(path=path, columns={"order": "pos"}))
+
+    def test_missing_column_of_an_item_feature_is_named(self, tmp_path):
+        path = write(tmp_path / "log.csv", "user,item,timestamp\n1,2,3\n")
+        with pytest.raises(
+            ConfigError,
+            match=r"log\.csv: no column 'maker' for item feature brand; it has \['user'",
+        ):
+            scan(LogSource(path=path, item_features={"brand": "maker"}))
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            pytest.param("category", r"name its column by --column category=", id="a role"),
+            pytest.param("Brand", "expected a name that fits", id="capital"),
+            pytest.param("", "expected a name that fits", id="none"),
+        ],
+    )
+    def test_an_item_feature_that_cannot_be_called_so(self, tmp_path, name, reason):
+        path = write(tmp_path / "log.csv", "user,item,timestamp,brand\n1,2,3,4\n")
+        with pytest.raises(ConfigError, match=f"item feature {name!r}: .*{reason}"):
+            scan(LogSource(path=path, item_features={name: "brand"}))
+
+    def test_an_item_feature_of_neither_integers_nor_strings(self, tmp_path):
+        path = tmp_path / "log.parquet"
+        columns = {"user": [1], "item": [1], "time": [1], "price": [0.5]}
+        pl.DataFrame(columns).write_parquet(path)
+        with pytest.raises(
+            ConfigError, match=r"column 'price' of item feature price .* or strings, got Float64"
+        ):
+            scan(LogSource(path=path, item_features={"price": "price"}))
 
     def test_unknown_column_role_is_named(self, tmp_path):
         path = write(tmp_path / "log.csv", "user,item,timestamp\n1,2,3\n")

@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor, nn
 
+from contract.catalogue import FIRST_ROW
 from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
 from tests.training.models.next_item_checks import histories
 from training.config import ClickModelConfig, ModelConfig, NextItemModelConfig, SasRecConfig
@@ -17,7 +18,8 @@ from training.models.next_item import NextItemModel
 SPEC = FeatureSpec(history_length=12, granularities=(HOURS, DAYS, AGE_SECONDS))
 N_ROWS, N_USERS = 20, 3
 COUNTS = torch.arange(N_ROWS)
-CATEGORIES = torch.arange(N_ROWS) % 3
+ROWS = (torch.arange(N_ROWS) - FIRST_ROW).clamp(min=0)
+FEATURES = {"brand": ROWS % 5, "category": ROWS % 3}
 
 
 def by_name(configs: tuple[type[BaseModel], ...]) -> dict[str, type[BaseModel]]:
@@ -39,7 +41,7 @@ def build(config: ModelConfig, **options: Any) -> nn.Module:
         SPEC,
         **{
             "item_counts": COUNTS,
-            "category_of_row": None,
+            "features_of_row": None,
             "n_users": N_USERS,
             "seed": 1,
             **options,
@@ -107,6 +109,8 @@ def another(name: str, setting: str) -> object:
         return ANOTHER[f"{name}.{setting}"]
     field = {**NAMES, **CLICK_NAMES}[name].model_fields[setting]
     default = field.default
+    if setting == "item_features":
+        return ("category",)
     if isinstance(default, tuple):
         return (*default, 8)
     if isinstance(default, str):
@@ -132,11 +136,22 @@ def shape_of(model: nn.Module) -> dict[str, object]:
 )
 def test_every_setting_reaches_the_model(name, setting):
     beside = BESIDE.get(f"{name}.{setting}", {})
-    plain = build(config_of(name, **beside), category_of_row=CATEGORIES)
+    plain = build(config_of(name, **beside), features_of_row=FEATURES)
     changed = build(
-        config_of(name, **beside, **{setting: another(name, setting)}), category_of_row=CATEGORIES
+        config_of(name, **beside, **{setting: another(name, setting)}), features_of_row=FEATURES
     )
     assert shape_of(plain) != shape_of(changed)
+
+
+@pytest.mark.parametrize("name", CLICK_NAMES)
+def test_features_of_items_are_those_that_the_settings_name(name):
+    model = build(
+        config_of(name, item_features=("category", "brand")),
+        features_of_row={"author": ROWS, **FEATURES},
+    )
+    assert torch.equal(model.get_buffer("items.features.0.of_row"), FEATURES["category"])
+    assert torch.equal(model.get_buffer("items.features.1.of_row"), FEATURES["brand"])
+    assert "items.features.2.of_row" not in model.state_dict()
 
 
 class TestUsers:
@@ -162,14 +177,23 @@ class TestRefused:
     )
     def test_models_of_time_without_a_linear_granularity(self, config):
         with pytest.raises(ConfigError, match=r"features\.granularities: .*scale = 'linear'"):
-            build_model(config, FeatureSpec(), item_counts=COUNTS, category_of_row=None, seed=1)
+            build_model(config, FeatureSpec(), item_counts=COUNTS, features_of_row=None, seed=1)
 
     @pytest.mark.parametrize("name", CLICK_NAMES)
-    def test_categories_that_a_log_has_not(self, name):
-        config = config_of(name, use_category=True)
-        with pytest.raises(ConfigError, match=r"model\.use_category: the log has no category"):
-            build(config)
-        build(config, category_of_row=CATEGORIES)
+    @pytest.mark.parametrize(
+        ("features", "has"),
+        [
+            pytest.param(None, "no features of items", id="none"),
+            pytest.param(FEATURES, "brand, category", id="others"),
+        ],
+    )
+    def test_features_that_a_log_has_not(self, name, features, has):
+        config = config_of(name, item_features=("category", "author"))
+        missing = "'category'" if features is None else "'author'"
+        with pytest.raises(
+            ConfigError, match=rf"model\.item_features: the log has no {missing}; it has {has}"
+        ):
+            build(config, features_of_row=features)
 
 
 class TestScorer:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from contract.catalogue import PADDING_ROW, UNKNOWN_ROW
 from contract.features import FeatureSpec
 from tests.training.models.inputs import SPEC, inputs
 from training.models.encoder import HistoryEncoder, ItemEncoder
@@ -38,19 +39,54 @@ def test_padding_is_exactly_zero():
     assert (encoded[1] == 0).all()
 
 
-def test_a_category_is_added_to_its_items():
-    categories = torch.tensor([0, 0, 2, 1, 0])
-    items = ItemEncoder(5, 4, categories)
-    assert items.categories is not None
-    embedded = items(torch.tensor([2, 3, 4]))
-    torch.testing.assert_close(embedded[0], items.items.weight[2] + items.categories.weight[2])
-    torch.testing.assert_close(embedded[1], items.items.weight[3] + items.categories.weight[1])
-    torch.testing.assert_close(embedded[2], items.items.weight[4])
+class TestFeatures:
+    CATEGORIES = torch.tensor([0, 0, 2, 1, 0])
+    BRANDS = torch.tensor([0, 0, 3, 0, 1])
 
+    def encoder(self) -> ItemEncoder:
+        return ItemEncoder(5, 4, [self.CATEGORIES, self.BRANDS])
 
-def test_categories_must_fit_the_catalogue():
-    with pytest.raises(ValueError, match=r"one entry for each of 5 rows, got shape \(4,\)"):
-        ItemEncoder(5, 4, torch.zeros(4, dtype=torch.int64))
+    def test_are_added_to_their_items(self):
+        items = self.encoder()
+        of_item = items.items.weight
+        category, brand = (items.get_parameter(f"features.{i}.values.weight") for i in (0, 1))
+        embedded = items(torch.tensor([[2, 3], [4, 1]]))
+        torch.testing.assert_close(embedded[0, 0], of_item[2] + category[2] + brand[3])
+        torch.testing.assert_close(embedded[0, 1], of_item[3] + category[1])
+        torch.testing.assert_close(embedded[1, 0], of_item[4] + brand[1])
+        torch.testing.assert_close(items.table(), items(torch.arange(5)))
+
+    def test_are_none_of_padding_and_the_unknown_item(self):
+        items = self.encoder()
+        embedded = items(torch.tensor([PADDING_ROW, UNKNOWN_ROW]))
+        assert (embedded[0] == 0).all()
+        assert torch.equal(embedded[1], items.items.weight[UNKNOWN_ROW])
+
+    def test_have_tables_whose_row_0_is_not_trained(self):
+        items = self.encoder()
+        items(torch.arange(5)).sum().backward()
+        for feature, n_values in zip(items.features, (3, 4), strict=True):
+            gradient = feature.get_parameter("values.weight").grad
+            assert gradient is not None
+            assert (feature.get_parameter("values.weight")[0] == 0).all()
+            assert gradient.shape == (n_values, 4)
+            assert (gradient[0] == 0).all()
+            assert (gradient[1] != 0).all()
+
+    def test_without_a_value_anywhere_change_nothing(self):
+        items = ItemEncoder(5, 4, [torch.zeros(5, dtype=torch.int64)])
+        assert torch.equal(items(torch.arange(5)), items.items.weight)
+
+    def test_must_fit_the_catalogue(self):
+        with pytest.raises(ValueError, match=r"one entry for each of 5 rows, got shape \(4,\)"):
+            ItemEncoder(5, 4, [self.BRANDS, torch.zeros(4, dtype=torch.int64)])
+
+    @pytest.mark.parametrize("row", [PADDING_ROW, UNKNOWN_ROW])
+    def test_must_be_none_where_there_is_no_item(self, row):
+        brands = self.BRANDS.clone()
+        brands[row] = 2
+        with pytest.raises(ValueError, match="must be 0 for padding and the unknown item, got"):
+            ItemEncoder(5, 4, [brands])
 
 
 def test_every_granularity_has_a_table_of_its_own():

@@ -323,7 +323,7 @@ def test_settings_reach_the_model(settings):
         head_units=(8,),
         **settings,
     )
-    built = build_model(config, SPEC, item_counts=torch.ones(N_ROWS), category_of_row=None)
+    built = build_model(config, SPEC, item_counts=torch.ones(N_ROWS), features_of_row=None)
     built.load_state_dict(model.state_dict())
     batch = inputs([12, 5])
     assert torch.equal(built.eval()(*batch), model(*batch))

@@ -312,7 +312,7 @@ class TestRun:
     def test_no_codes_is_a_table_of_items(self):
         config = run_config(codes=0)
         model = build_model(
-            config.model, config.features, item_counts=torch.ones(20), category_of_row=None
+            config.model, config.features, item_counts=torch.ones(20), features_of_row=None
         )
         assert isinstance(model, SASRec)
         assert not isinstance(model.items, ItemCodes)
