@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from training.comparison.costs import N_CANDIDATES, LengthCost
@@ -53,8 +53,9 @@ def trade_off(points: Sequence[TradeOff], metric: str) -> str:
         )
         axes.annotate(point.label, (point.latency_ms, point.quality), ha="center", va="center")
     axes.set_xscale("log")
-    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        ticks(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    # Numbers between powers of ten where there are hardly any of these.
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     axes.margins(0.2)
     axes.set(xlabel=f"ms to score {N_CANDIDATES} candidates", ylabel=metric)
     axes.grid(alpha=0.3)
