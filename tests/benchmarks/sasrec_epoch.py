@@ -8,7 +8,9 @@ on all cores: in turns, each in a process of its own, first epoch left out.
 """
 
 import argparse
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,13 +114,15 @@ def _time_peer(program: Path, folder: Path) -> float:
     settings = ["--dataset=ml1m", "--train_dir=run", "--device=cpu", f"--num_epochs={_EPOCHS + 2}"]
     command = [sys.executable, "-u", str(program.resolve()), *settings]
     starts_s = {}
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if found := _EPOCH_STARTS.match(line):
                 starts_s[int(found[1])] = time.perf_counter()
             if len(starts_s) == _EPOCHS + 2:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # it has processes that draw samples
                 break
     if len(starts_s) < _EPOCHS + 2:
         raise SystemExit(f"{program} ended early: is it a checkout of SASRec.pytorch?")
