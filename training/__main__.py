@@ -237,7 +237,7 @@ def _config(name: str, overrides: tuple[str, ...]) -> RunConfig:
 def _print_metrics(title: str, metrics: dict[str, float]) -> None:
     print(title)
     for name, value in metrics.items():
-        print(f"  {name:40s}{value:,.0f}" if name == "n_samples" else f"  {name:40s}{value:.4f}")
+        print(f"  {name:40s}{value:{',.0f' if name == 'n_samples' else '.4f'}}")
 
 
 if __name__ == "__main__":

@@ -84,9 +84,14 @@ class NextItemLoss:
         return self._draw((n_negatives,), targets_N.device)
 
     def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        tickets = torch.rand(shape, dtype=torch.float64, device=device)
-        rows = torch.searchsorted(self._cumulative_R.to(device), tickets, right=True)
-        return rows.clamp(FIRST_ROW, len(self._share_R) - 1)
+        return draw_rows(self._cumulative_R, shape, device)
+
+
+def draw_rows(cumulative_R: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return rows of the catalogue, int64 of `shape`; `cumulative_R`: sums of their shares."""
+    tickets = torch.rand(shape, dtype=torch.float64, device=device)
+    rows = torch.searchsorted(cumulative_R.to(device), tickets, right=True)
+    return rows.clamp(FIRST_ROW, len(cumulative_R) - 1)
 
 
 def softmax_loss(targets: Targets, item_table_RD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from contract.catalogue import FIRST_ROW, Catalogue
 from training.calibration import Calibration, fit, negative_sampling_rate, unchanged
 from training.config import DienConfig, NextItemModelConfig, RunConfig, SasRecConfig
-from training.data.click_data import open_click_data
+from training.data.click_data import open_click_data, reads_impressions
 from training.data.loader import ClickBatch
 from training.data.log import PreparedLog
 from training.data.next_item_data import NextItemData, open_next_item_data
@@ -24,7 +24,7 @@ from training.data.sequences import NO_TARGET, SequenceBatch
 from training.data.splits import Part
 from training.errors import ConfigError, TrainingError
 from training.evaluation import evaluate, to_tensors
-from training.losses import NextItemLoss, Targets
+from training.losses import NextItemLoss, Targets, draw_rows
 from training.models.build import build_model, score_kind
 from training.models.dien import DIEN
 from training.models.dual import DualTask, UserSequences
@@ -159,7 +159,7 @@ class ClickTask:
         )
         chosen_R = self.item_counts.double()
         chosen_R[:FIRST_ROW] = 0
-        self._cumulative_R = chosen_R.cumsum(dim=0)
+        self._cumulative_R = (chosen_R / chosen_R.sum()).cumsum(dim=0)
 
     def n_samples(self, epoch: int) -> int:
         """Return the samples of one epoch: all have the same."""
@@ -190,14 +190,9 @@ class ClickTask:
             assert isinstance(model, DIEN)
             # A mean of its own in every process, which counts as much as the process' samples do.
             loss = loss + self._auxiliary_weight * mask_BC.sum() * model.auxiliary_loss(
-                items, buckets, self._popular(items.shape).to(device)
+                items, buckets, draw_rows(self._cumulative_R, items.shape, device)
             )
         return loss / max(batch.n_samples, 1)
-
-    def _popular(self, shape: torch.Size) -> Tensor:
-        """Return rows of the catalogue, drawn by how often they were chosen, int64 of `shape`."""
-        drawn = torch.rand(shape, dtype=torch.float64) * self._cumulative_R[-1]
-        return torch.searchsorted(self._cumulative_R, drawn, right=True)
 
     def calibrate(self, model: nn.Module, device: torch.device) -> Calibration | None:
         """Return the calibration that the run asks for; where the validation part does not allow
@@ -349,7 +344,7 @@ def _sampling_rate(log: PreparedLog, config: RunConfig) -> float:
     data = config.data
     if data.click_rate is None:
         return 1.0
-    if log.header.has_labels and data.samples != "negatives":
+    if reads_impressions(log, data):
         raise ConfigError(
             "data.click_rate: for sampled negatives; labelled impressions have a rate of their own"
         )

@@ -24,6 +24,7 @@ from training.data.splits import Part
 from training.distributed import Worker
 from training.errors import ConfigError, TrainingError
 from training.evaluation import evaluate, to_tensors
+from training.losses import draw_rows
 from training.models.bert4rec import BERT4Rec
 from training.models.imn import IterativeMemoryNetwork
 from training.models.next_item import NextItemModel
@@ -248,7 +249,7 @@ class TestLossOfClicks:
         task = click_task_of(log, {"name": "dien"})
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            rows = task._popular(torch.Size([100, 1000]))
+            rows = draw_rows(task._cumulative_R, (100, 1000), CPU)
         counts = task.item_counts.double()
         counts[:FIRST_ROW] = 0
         found = torch.bincount(rows.flatten(), minlength=len(counts)) / rows.numel()

@@ -33,7 +33,7 @@ class ClickData:
 def open_click_data(log: PreparedLog, config: RunConfig) -> ClickData:
     """Split a prepared log and make its samples, as the run says."""
     data = config.data
-    from_impressions = _from_impressions(log, data)
+    from_impressions = reads_impressions(log, data)
     split = (
         leave_one_out(log, data.holdout_steps)
         if data.split == "leave-one-out"
@@ -69,7 +69,11 @@ def open_click_data(log: PreparedLog, config: RunConfig) -> ClickData:
     )
 
 
-def _from_impressions(log: PreparedLog, data: DataConfig) -> bool:
+def reads_impressions(log: PreparedLog, data: DataConfig) -> bool:
+    """Return whether samples are labelled impressions, not behaviors with drawn negatives.
+
+    Raises ConfigError for settings that the log, or each other, does not allow.
+    """
     if data.samples == "impressions" and not log.header.has_labels:
         raise ConfigError("data.samples: the log has no labels; use samples = 'negatives'")
     from_impressions = data.samples != "negatives" and log.header.has_labels

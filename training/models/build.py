@@ -72,87 +72,94 @@ def build_model(
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        match config:
-            case ImnConfig():
-                return IterativeMemoryNetwork(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    iterations=config.iterations,
-                    enhancement_steps=config.enhancement_steps,
-                    attention_units=config.attention_units,
-                    head_units=config.head_units,
-                    attention=config.attention,
-                    weights=config.weights,
-                    distance=config.distance,
-                    walk=config.walk,
-                    cross=config.cross,
-                    segment=config.segment,
-                )
-            case YouTubeDnnConfig():
-                return YouTubeDNN(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    head_units=config.head_units,
-                )
-            case DinConfig():
-                return DIN(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    attention_units=config.attention_units,
-                    normalise=config.normalise,
-                    activation=config.activation,
-                    head_units=config.head_units,
-                )
-            case DienConfig():
-                return DIEN(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    hidden_units=config.hidden_units or config.embedding_dim,
-                    attention_units=config.attention_units,
-                    augru=config.augru,
-                    activation=config.activation,
-                    auxiliary=config.auxiliary_weight > 0,
-                    head_units=config.head_units,
-                )
-            case MimnConfig():
-                return MIMN(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    n_slots=config.slots,
-                    utilisation_weight=config.utilisation_weight,
-                    induction=config.induction,
-                    head_units=config.head_units,
-                )
-            case Ubr4CtrConfig():
-                return UBR4CTR(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    selection_heads=config.selection_heads,
-                    selection_units=config.selection_units,
-                    head_units=config.head_units,
-                )
-            case SasRecClickConfig():
-                return SASRecClick(
-                    _items(config, len(item_counts), features_of_row or {}),
-                    spec,
-                    embedding_dim=config.embedding_dim,
-                    n_layers=config.layers,
-                    n_heads=config.heads,
-                    ffn_units=config.ffn_units or config.embedding_dim,
-                    dropout=config.dropout,
-                    head_units=config.head_units,
-                )
-            case PopularityConfig():
-                return Popularity(item_counts)
-            case _:
-                items = _next_items(config, len(item_counts), code_of_row)
-                return _build_next_item(config, spec, items, n_users)
+        if isinstance(config, PopularityConfig):
+            return Popularity(item_counts)
+        if isinstance(config, NextItemModelConfig):
+            next_items = _next_items(config, len(item_counts), code_of_row)
+            return _build_next_item(config, spec, next_items, n_users)
+        items = _items(config, len(item_counts), features_of_row or {})
+        return _build_click(config, spec, items)
+
+
+def _build_click(config: ClickModelConfig, spec: FeatureSpec, items: ItemEncoder) -> nn.Module:
+    match config:
+        case ImnConfig():
+            return IterativeMemoryNetwork(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                iterations=config.iterations,
+                enhancement_steps=config.enhancement_steps,
+                attention_units=config.attention_units,
+                head_units=config.head_units,
+                attention=config.attention,
+                weights=config.weights,
+                distance=config.distance,
+                walk=config.walk,
+                cross=config.cross,
+                segment=config.segment,
+            )
+        case YouTubeDnnConfig():
+            return YouTubeDNN(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                head_units=config.head_units,
+            )
+        case DinConfig():
+            return DIN(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                attention_units=config.attention_units,
+                normalise=config.normalise,
+                activation=config.activation,
+                head_units=config.head_units,
+            )
+        case DienConfig():
+            return DIEN(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                hidden_units=config.hidden_units or config.embedding_dim,
+                attention_units=config.attention_units,
+                augru=config.augru,
+                activation=config.activation,
+                auxiliary=config.auxiliary_weight > 0,
+                head_units=config.head_units,
+            )
+        case MimnConfig():
+            return MIMN(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                n_slots=config.slots,
+                utilisation_weight=config.utilisation_weight,
+                induction=config.induction,
+                head_units=config.head_units,
+            )
+        case Ubr4CtrConfig():
+            return UBR4CTR(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                selection_heads=config.selection_heads,
+                selection_units=config.selection_units,
+                head_units=config.head_units,
+            )
+        case SasRecClickConfig():
+            return SASRecClick(
+                items,
+                spec,
+                embedding_dim=config.embedding_dim,
+                n_layers=config.layers,
+                n_heads=config.heads,
+                ffn_units=config.ffn_units or config.embedding_dim,
+                dropout=config.dropout,
+                head_units=config.head_units,
+            )
+        case _:
+            assert_never(config)
 
 
 def _build_next_item(
