@@ -1,6 +1,6 @@
 """Recurrences that stand in a graph as operators of ONNX, whatever the history's length.
 
-Shapes: B rows, C candidates, L steps, I inputs, H hidden units.
+Shapes: B rows, L steps, I inputs, H hidden units.
 """
 
 from collections.abc import Iterator
@@ -8,29 +8,24 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 
 from exporter.errors import ExportError
-from training.models.dien import AUGRU, Steps
 
 
 @contextmanager
 def recurrences_as_operators() -> Iterator[None]:
-    """Let `nn.GRU`, while a graph is captured, be ONNX's operator of that name, one for each layer,
-    and `AUGRU`, which ONNX does not know, its operator `Scan`.
+    """Let `nn.GRU`, while a graph is captured, be ONNX's operator of that name, one for each layer.
 
     Left to itself, torch 2.13 captures a GRU as a loop whose states have the length of the example;
-    a second layer, or whatever else meets them, then fixes L for the whole graph. The steps of an
-    AUGRU would all stand in the graph, as many as the example has.
+    a second layer, or whatever else meets them, then fixes L for the whole graph. Recurrences that
+    ONNX does not know are its operator `Scan` by themselves (`training.models.recurrence`).
     """
-    forward, run = nn.GRU.forward, AUGRU.run
+    forward = nn.GRU.forward
     nn.GRU.forward = _gru  # type: ignore[assignment, method-assign]
-    AUGRU.run = _augru  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         nn.GRU.forward = forward  # type: ignore[method-assign]
-        AUGRU.run = run  # type: ignore[method-assign]
 
 
 def _gru(gru: nn.GRU, inputs_BLI: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,17 +50,6 @@ def _gru(gru: nn.GRU, inputs_BLI: Tensor, state: Tensor | None = None) -> tuple[
         x_LBI = states_L1BH.squeeze(1)
         last.append(last_1BH)
     return x_LBI.transpose(0, 1), torch.cat(last)
-
-
-def _augru(augru: AUGRU, state_BCH: Tensor, steps: Steps) -> Tensor:
-    """Return the state [B, C, H] after all steps."""
-
-    def step(before_BCH: Tensor, now: Steps) -> tuple[Tensor, tuple[()]]:
-        return augru.step(before_BCH, now), ()
-
-    last_BCH: Tensor
-    last_BCH, _ = scan(step, state_BCH, steps)
-    return last_BCH
 
 
 def _gates(weights: Tensor) -> Tensor:

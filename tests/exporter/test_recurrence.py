@@ -106,10 +106,3 @@ def test_an_augru_is_one_scan_whose_body_is_one_step(tmp_path, history_length):
     operators = [node.op_type for node in body.node]
     assert operators.count("MatMul") == 3
     assert operators.count("Tanh") == 1
-
-
-def test_an_augru_is_a_loop_again_afterwards():
-    run = AUGRU.run
-    with recurrences_as_operators():
-        assert AUGRU.run is not run
-    assert AUGRU.run is run

@@ -15,12 +15,9 @@ from contract.catalogue import PADDING_ROW
 from contract.features import FeatureSpec
 from training.models.din import PRELU_SLOPE, Activation, Head, TargetAttention, with_mean
 from training.models.encoder import HistoryEncoder, ItemEncoder
+from training.models.recurrence import Tensors, recur
 
 Convention = Literal["paper", "code"]
-# What one step of an AUGRU reads: the inputs' shares of its three gates [B, 1, H], reset, update
-# and candidate; the attention [B, C, 1]; which rows have a behavior there [B, 1, 1]. A run of L
-# steps has them with a first axis of L.
-Steps = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 AUXILIARY_UNITS = (100, 50)
 
 
@@ -58,16 +55,19 @@ class AUGRU(nn.Module):
         is_behavior_LB11 = is_behavior_BL.T.type_as(attention_BCL)[..., None, None]
         state_BCH = attention_BCL.new_zeros(n_rows, n_candidates, self.reset.in_features)
         steps = (reset_LB1H, update_LB1H, candidate_LB1H, attention_LBC1, is_behavior_LB11)
-        return self.run(state_BCH, steps)
 
-    def run(self, state_BCH: Tensor, steps: Steps) -> Tensor:
-        """Return the state [B, C, H] after all steps."""
-        for now in zip(*(part.unbind() for part in steps), strict=True):
-            state_BCH = self.step(state_BCH, now)
-        return state_BCH
+        def step(before: Tensors, now: Tensors) -> tuple[Tensors, Tensors]:
+            return (self.step(before[0], now),), ()
 
-    def step(self, state_BCH: Tensor, now: Steps) -> Tensor:
-        """Return the state [B, C, H] after one step."""
+        (last_BCH,), _ = recur(step, (state_BCH,), steps)
+        return last_BCH
+
+    def step(self, state_BCH: Tensor, now: Tensors) -> Tensor:
+        """Return the state [B, C, H] after one step.
+
+        `now`: the inputs' shares of the three gates [B, 1, H], reset, update and candidate; the
+        attention [B, C, 1]; which rows have a behavior there [B, 1, 1].
+        """
         reset_B1H, update_B1H, candidate_B1H, attention_BC1, is_behavior_B11 = now
         r_BCH = torch.sigmoid(reset_B1H + self.reset(state_BCH))
         u_BCH = torch.sigmoid(update_B1H + self.update(state_BCH))

@@ -7,19 +7,17 @@ memory slots, K questions put to the slots (of a reading and a writing head, or 
 G time granularities.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 from torch.nn import functional
 
 from contract.catalogue import PADDING_ROW
 from contract.features import FeatureSpec
 from training.models.encoder import HistoryEncoder, ItemEncoder
 from training.models.head import MLP
-
-Tensors = tuple[Tensor, ...]
+from training.models.recurrence import Tensors, recur
 
 _CLIP = 20.0
 _FIRST_SLOT_STD = 1e-5
@@ -289,23 +287,6 @@ class MIMN(nn.Module):
         if self.induction is not None:
             features.append(self.induction.ask(self.induction(history_BLD, trace), target_BCD))
         return self.head(torch.cat(features, dim=2)), state
-
-
-def recur(
-    step: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]], state: Tensors, inputs: Tensors
-) -> tuple[Tensors, Tensors]:
-    """Return the last state, and what the steps told, [L, ...] each.
-
-    `step`: of a state and the inputs of one step to the next state and what it tells. `inputs`:
-    [L, ...] each. In a graph this is one operator, whatever the length.
-    """
-    if torch.compiler.is_exporting():
-        return scan(step, state, inputs)
-    told = []
-    for of_step in zip(*(one.unbind() for one in inputs), strict=True):
-        state, one = step(state, of_step)
-        told.append(one)
-    return state, tuple(torch.stack(ones) for ones in zip(*told, strict=True))
 
 
 def address(
