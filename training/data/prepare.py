@@ -53,9 +53,18 @@ class PrepareReport:
     n_dropped: int
 
 
-def prepare(source: LogSource, target: Path, options: PrepareOptions) -> PrepareReport:
+def prepare(
+    source: LogSource,
+    target: Path,
+    options: PrepareOptions,
+    *,
+    history: LogSource | None = None,
+) -> PrepareReport:
     """Write the log at `source` to the folder `target`; LogError says what is wrong with it, and
     ConfigError with the features of items that `source` asks for.
+
+    `history`: a second log of what users did before, all of whose rows are behaviors without a
+    label. There a row without a timestamp takes that of the user's next row that has one.
 
     Rows are sorted by user, time, `order` where the log has it, and their place in the log: ties
     keep the order in which they were logged, never that of the item ids.
@@ -63,6 +72,10 @@ def prepare(source: LogSource, target: Path, options: PrepareOptions) -> Prepare
     try:
         with staged_folder(target) as staging:
             log, n_dropped = _validated(scan(source), source.path, options)
+            if history is not None:
+                earlier, n_earlier = _validated(_unlabelled(history), history.path, options)
+                log, n_dropped = _after(earlier, log, history.path), n_dropped + n_earlier
+            log = log.with_row_index("row")
             log = k_core(log, options.min_interactions)
             rows_path = staging / _ROWS
             _sorted(_marked(log, options)).sink_parquet(rows_path)
@@ -73,6 +86,26 @@ def prepare(source: LogSource, target: Path, options: PrepareOptions) -> Prepare
             raise LogError(str(error)) from error
         raise LogError(f"{source.path}: cannot be prepared: {error}") from error
     return PrepareReport(header=header, n_dropped=n_dropped)
+
+
+def _unlabelled(history: LogSource) -> pl.LazyFrame:
+    """Return what users did before: without labels, each row with a timestamp if one follows."""
+    rows = scan(history)
+    names = rows.collect_schema().names()
+    rows = rows.drop([name for name in ("label", "probability") if name in names])
+    order = ["order"] if "order" in names else []
+    rows = rows.with_row_index("place").sort(["user", *order, "place"]).drop("place")
+    return rows.with_columns(pl.col("time").backward_fill().over("user"))
+
+
+def _after(earlier: pl.LazyFrame, log: pl.LazyFrame, path: Path) -> pl.LazyFrame:
+    theirs, ours = earlier.collect_schema()["user"], log.collect_schema()["user"]
+    if theirs != ours:
+        raise LogError(
+            f"{path}: its users are of type {theirs}, those of the log of type {ours}: nobody can "
+            "tell which are the same"
+        )
+    return pl.concat([earlier, log], how="diagonal")
 
 
 def _validated(log: pl.LazyFrame, path: Path, options: PrepareOptions) -> tuple[pl.LazyFrame, int]:
@@ -116,7 +149,7 @@ def _validated(log: pl.LazyFrame, path: Path, options: PrepareOptions) -> tuple[
         )
     if counts["rows"] == n_invalid:
         raise LogError(f"{path}: no behaviors in it")
-    return log.filter(~invalid), n_invalid
+    return log.filter(~invalid).drop("row"), n_invalid
 
 
 def _marked(log: pl.LazyFrame, options: PrepareOptions) -> pl.LazyFrame:

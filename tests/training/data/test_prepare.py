@@ -254,6 +254,74 @@ class TestItems:
         assert log.history(0) == records([(1, 1)])
 
 
+class TestHistoryBefore:
+    """A second log, of what users did before the first begins."""
+
+    def prepare(self, tmp_path: Path, earlier: Mapping[str, Any], **options) -> PreparedLog:
+        log = write(
+            tmp_path / "log.parquet",
+            {"user": [1, 1, 2], "item": [5, 6, 7], "timestamp": [90, 91, 92], "label": [0, 1, 0]},
+        )
+        prepare(
+            LogSource(path=log),
+            tmp_path / "out",
+            PrepareOptions(**options),
+            history=LogSource(
+                path=write(tmp_path / "earlier.parquet", earlier), columns={"order": "pos"}
+            ),
+        )
+        return PreparedLog(tmp_path / "out")
+
+    def test_its_rows_are_behaviors_and_no_impressions(self, tmp_path):
+        log = self.prepare(
+            tmp_path,
+            {"user": [2, 1], "item": [3, 4], "timestamp": [20, 10], "pos": [0, 0], "label": [0, 0]},
+        )
+        assert log.history(0) == records([(4, 10), (6, 91)])
+        assert log.history(1) == records([(3, 20)])
+        assert log.impressions["item"].tolist() == [5, 6, 7]
+
+    def test_a_row_without_a_time_has_that_of_the_users_next_row_with_one(self, tmp_path):
+        log = self.prepare(
+            tmp_path,
+            {
+                "user": [1, 1, 2, 1, 1],
+                "item": [13, 12, 20, 11, 10],
+                "timestamp": [50, None, 7, 40, None],
+                "pos": [3, 2, 0, 1, 0],
+            },
+        )
+        assert log.history(0) == records([(10, 40), (11, 40), (12, 50), (13, 50), (6, 91)])
+        assert log.history(1) == records([(20, 7)])
+
+    def test_a_row_that_no_time_follows_is_refused_by_the_name_of_its_file(self, tmp_path):
+        earlier = {"user": [1, 1], "item": [3, 4], "timestamp": [10, None], "pos": [0, 1]}
+        with pytest.raises(LogError, match=r"earlier\.parquet: 1 of 2 rows .* a timestamp that is"):
+            self.prepare(tmp_path, earlier)
+        assert not (tmp_path / "out").exists()
+
+    def test_rows_left_out_of_both_are_counted(self, tmp_path):
+        log = write(tmp_path / "log.parquet", {"user": [1, 1], "item": [5, 0], "timestamp": [9, 9]})
+        earlier = write(
+            tmp_path / "e.parquet", {"user": [1, 1], "item": [0, 4], "timestamp": [3, 2]}
+        )
+        report = prepare(
+            LogSource(path=log),
+            tmp_path / "out",
+            PrepareOptions(drop_invalid=True),
+            history=LogSource(path=earlier),
+        )
+        assert report.n_dropped == 2
+        assert PreparedLog(tmp_path / "out").history(0) == records([(4, 2), (5, 9)])
+
+    def test_users_of_another_type_are_refused(self, tmp_path):
+        earlier = {"user": ["1"], "item": [3], "timestamp": [10], "pos": [0]}
+        with pytest.raises(
+            LogError, match=r"earlier\.parquet: its users are of type String, .* Int64"
+        ):
+            self.prepare(tmp_path, earlier)
+
+
 class TestFingerprint:
     BASE: Mapping[str, Sequence[Any]] = {
         "user": ["ab", "ab", "c"],
