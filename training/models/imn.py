@@ -18,9 +18,9 @@ from contract.catalogue import PADDING_ROW
 from contract.features import FeatureSpec
 from training.errors import ConfigError
 from training.models.attention import MASKED
+from training.models.chunks import in_chunks
 from training.models.encoder import HistoryEncoder, ItemEncoder, embedding_table
 from training.models.head import MLP
-from training.models.pkm_act import in_chunks
 
 Attention = Literal["multiway", "dot", "none"]
 Weights = Literal["sigmoid", "softmax"]

@@ -17,6 +17,7 @@ from contract.catalogue import PADDING_ROW
 from contract.features import AGE_SECONDS, MAX_ELAPSED_UNITS, FeatureSpec
 from training.errors import ConfigError
 from training.models.attention import FeedForward, MultiHeadAttention, attention_bias
+from training.models.chunks import in_chunks, one_chunk_later
 from training.models.encoder import HistoryEncoder, ItemEncoder, embedding_table
 from training.models.next_item import (
     EMBEDDING_STD,
@@ -540,28 +541,6 @@ class Broadcast(nn.Module):
         """Return [B, M, 1, D]."""
         del x_BMQD
         return experts_BMKD.mean(dim=2, keepdim=True)
-
-
-def in_chunks(values_BL: Tensor, chunk: int) -> Tensor:
-    """Return [B, M, W] of W = `chunk` values each, counted from the right end, after a chunk of
-    nothing; 0 fills what the row does not.
-
-    >>> in_chunks(torch.tensor([[1, 2, 3, 4]]), 3).tolist()
-    [[[0, 0, 0], [0, 0, 1], [2, 3, 4]]]
-    """
-    # The chunk of nothing makes M at least 2: torch exports no axis that may be 1 or more. Nor does
-    # it see that M divides 3 * M where M is a sum: so ceil(L / W) + 1 is written as one quotient.
-    length = values_BL.shape[1]
-    n_chunks = (length + 2 * chunk - 1) // chunk
-    chunks_M = torch.arange(n_chunks, device=values_BL.device) - n_chunks
-    within_W = torch.arange(chunk, device=values_BL.device)
-    places_MW = chunks_M.unsqueeze(1) * chunk + within_W + length
-    return values_BL[:, places_MW.clamp(min=0)] * (places_MW >= 0)
-
-
-def one_chunk_later(x_BM: Tensor) -> Tensor:
-    """Return [B, M, ...]: at each chunk what the one before it had; 0 at the first."""
-    return torch.cat([torch.zeros_like(x_BM[:, :1]), x_BM], dim=1)[:, :-1]
 
 
 def _phi(x: Tensor) -> Tensor:

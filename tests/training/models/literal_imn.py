@@ -13,10 +13,15 @@ from training.models.imn import IterativeMemoryNetwork, MultiWayAttention
 
 
 class LiteralIMN(nn.Module):
-    """Equations 1-7, with the weights of `model`."""
+    """Equations 1-7, with the weights of `model`. Raises ValueError for a model with ablations."""
 
     def __init__(self, model: IterativeMemoryNetwork) -> None:
         super().__init__()
+        if found := ablations(model):
+            raise ValueError(
+                "the literal IMN is that of the paper's equations, without ablations; "
+                f"this model has another {', '.join(found)}"
+            )
         self.model = model
 
     def forward(
@@ -39,6 +44,21 @@ class LiteralIMN(nn.Module):
             u = literal_gru(model.enhancement, torch.cat([transform(u), v], dim=-1), u)
         logits: Tensor = model.head(torch.cat([u, v], dim=-1))
         return logits
+
+
+def ablations(model: IterativeMemoryNetwork) -> list[str]:
+    """Return the names of the settings, as in `ImnConfig`, that make the model another one."""
+    attentions = list(model.attentions)
+    multiway = [one for one in attentions if isinstance(one, MultiWayAttention)]
+    is_changed = {
+        "attention": len(multiway) < len(attentions),
+        "weights": any(getattr(one, "weights", "sigmoid") != "sigmoid" for one in attentions),
+        "distance": not all(one.distance for one in multiway),
+        "walk": model.walk != "iterative",
+        "cross": model.start is not None,
+        "segment": model.segment > 0,
+    }
+    return [name for name, changed in is_changed.items() if changed]
 
 
 def literal_weights(attention: MultiWayAttention, e: Tensor, m: Tensor, v: Tensor) -> Tensor:

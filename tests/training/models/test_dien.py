@@ -3,16 +3,20 @@
 import math
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from exporter.convert import convert
-from exporter.parity import open_session, prove_signature, prove_values
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+    operators,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, inputs
-from training.models.build import Scorer
 from training.models.dien import AUGRU, DIEN
 from training.models.encoder import ItemEncoder
 
@@ -165,31 +169,11 @@ def test_padding_leaves_both_states_at_exactly_zero(model):
     assert evolved[0].any()
 
 
-def test_padding_contributes_nothing(model):
-    items, buckets, candidates = inputs([4, 2, 0], length=4)
-    narrow = model(items, buckets, candidates)
-    padded = functional.pad(items, (8, 0)), functional.pad(buckets, (0, 0, 8, 0))
-    torch.testing.assert_close(model(*padded, candidates), narrow, rtol=1e-5, atol=1e-5)
-
-
-def test_a_request_scores_the_same_in_any_company(model):
-    together = inputs([12, 3, 0, 8])
-    for row in range(4):
-        alone = [tensor[row : row + 1] for tensor in together]
-        torch.testing.assert_close(model(*alone)[0], model(*together)[row])
-
-
-def test_a_candidate_scores_the_same_alone_and_in_any_order(model):
-    items, buckets, candidates = inputs([12, 3])
-    scores = model(items, buckets, candidates)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(model(items, buckets, candidates[:, order]), scores[:, order])
-    torch.testing.assert_close(model(items, buckets, candidates[:, 2:3]), scores[:, 2:3])
-
-
-@pytest.mark.parametrize("length", [1, 12])
-def test_an_empty_history_is_a_finite_score(model, length):
-    assert model(*inputs([0, 0], length=length)).isfinite().all()
+def test_the_rules_of_click_models_hold(model):
+    assert_padding_changes_nothing(model)
+    assert_company_changes_nothing(model)
+    assert_order_of_candidates_is_free(model)
+    assert_empty_history_is_finite(model)
 
 
 def test_states_are_as_wide_as_embeddings_unless_said():
@@ -230,13 +214,12 @@ def test_a_model_without_an_auxiliary_network_has_no_such_loss():
 
 
 def test_every_parameter_learns(model):
-    items, buckets, candidates = inputs([12] * 8 + [5, 0])
-    loss = model.train()(items, buckets, candidates).square().sum()
-    (loss + model.auxiliary_loss(items, buckets, items.flip(1))).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} is not part of the losses"
-        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
-        assert parameter.grad.any(), f"the gradient of {name} is 0"
+    def loss(items: Tensor, buckets: Tensor, candidates: Tensor) -> Tensor:
+        squares = model(items, buckets, candidates).square().sum()
+        total: Tensor = squares + model.auxiliary_loss(items, buckets, items.flip(1))
+        return total
+
+    assert_every_parameter_learns(model, loss)
 
 
 def test_without_the_auxiliary_loss_its_network_is_all_that_does_not_learn(model):
@@ -247,12 +230,7 @@ def test_without_the_auxiliary_loss_its_network_is_all_that_does_not_learn(model
 
 def test_the_graph_is_the_model_with_one_operator_a_recurrence(model, tmp_path):
     """The history that is exported has five steps: none of them stands in the graph by itself."""
-    path, scorer = tmp_path / "model.onnx", Scorer(model, "probability")
-    convert(scorer, SPEC, path)
-    session = open_session(path)
-    prove_signature(session, SPEC)
-    prove_values(session, scorer, SPEC, N_ROWS)
-    operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert operators.count("GRU") == 1
-    assert operators.count("Scan") == 1
-    assert not {"Loop", "If", "Tanh"} & set(operators)
+    found = operators(assert_exports(model, tmp_path))
+    assert found.count("GRU") == 1
+    assert found.count("Scan") == 1
+    assert not {"Loop", "If", "Tanh"} & set(found)

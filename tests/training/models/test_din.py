@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exporter.convert import convert
-from exporter.parity import open_session, prove_signature, prove_values
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, inputs
-from training.models.build import Scorer
 from training.models.din import DIN, Dice, Head, TargetAttention
 from training.models.encoder import ItemEncoder
 
@@ -21,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "raw weights, dice": {"normalise": False, "activation": "dice"},
     "softmax, prelu": {"activation": "prelu"},
 }
+variants = pytest.mark.parametrize("name", VARIANTS)
 
 
 def din(**changes: Any) -> DIN:
@@ -38,11 +44,6 @@ def din(**changes: Any) -> DIN:
         with torch.no_grad():
             model.items.items.weight[0].zero_()
     return model.eval()
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request) -> DIN:
-    return din(**VARIANTS[request.param])
 
 
 def literal_scores(attention: TargetAttention, e: Tensor, v: Tensor) -> Tensor:
@@ -154,48 +155,23 @@ def test_no_tensor_over_the_sequence_is_wider_than_the_first_layer():
     assert rearranged.elements <= n_rows * length * widest
 
 
-def test_padding_contributes_nothing(variant):
-    items, buckets, candidates = inputs([4, 2, 0], length=4)
-    narrow = variant(items, buckets, candidates)
-    padded = functional.pad(items, (8, 0)), functional.pad(buckets, (0, 0, 8, 0))
-    torch.testing.assert_close(variant(*padded, candidates), narrow, rtol=1e-5, atol=1e-5)
+@variants
+def test_the_rules_of_click_models_hold(name):
+    model = din(**VARIANTS[name])
+    assert_padding_changes_nothing(model)
+    assert_company_changes_nothing(model)
+    assert_order_of_candidates_is_free(model)
+    assert_empty_history_is_finite(model)
 
 
-def test_a_request_scores_the_same_in_any_company(variant):
-    together = inputs([12, 3, 0, 8])
-    for row in range(4):
-        alone = [tensor[row : row + 1] for tensor in together]
-        torch.testing.assert_close(variant(*alone)[0], variant(*together)[row])
-
-
-def test_a_candidate_scores_the_same_alone_and_in_any_order(variant):
-    items, buckets, candidates = inputs([12, 3])
-    scores = variant(items, buckets, candidates)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(variant(items, buckets, candidates[:, order]), scores[:, order])
-    torch.testing.assert_close(variant(items, buckets, candidates[:, 2:3]), scores[:, 2:3])
-
-
-@pytest.mark.parametrize("length", [1, 12])
-def test_an_empty_history_is_a_finite_score(variant, length):
-    assert variant(*inputs([0, 0], length=length)).isfinite().all()
-
-
-def test_every_parameter_learns(variant):
-    variant.train()(*inputs([12] * 8 + [5, 0])).sigmoid().square().sum().backward()
-    for name, parameter in variant.named_parameters():
-        assert parameter.grad is not None, f"{name} is not part of the logits"
-        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
-        assert parameter.grad.any(), f"the gradient of {name} is 0"
+@variants
+def test_every_parameter_learns(name):
+    assert_every_parameter_learns(din(**VARIANTS[name]))
 
 
 @pytest.mark.parametrize("name", ["raw weights, dice", "softmax, prelu"])
 def test_the_graph_is_the_model(name, tmp_path):
-    path, scorer = tmp_path / "model.onnx", Scorer(din(**VARIANTS[name]), "probability")
-    convert(scorer, SPEC, path)
-    session = open_session(path)
-    prove_signature(session, SPEC)
-    prove_values(session, scorer, SPEC, N_ROWS)
+    assert_exports(din(**VARIANTS[name]), tmp_path)
 
 
 def test_dice_of_a_batch_is_gated_by_batch_norm():

@@ -5,9 +5,18 @@ import math
 import pytest
 import torch
 
-from tests.training.models.inputs import imn, inputs
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+)
+from tests.training.models.inputs import N_ROWS, SPEC, imn, inputs
 from tests.training.models.literal_imn import LiteralIMN, literal_weights
-from training.models.imn import MultiWayAttention, with_ones
+from training.models.encoder import ItemEncoder
+from training.models.imn import IterativeMemoryNetwork, MultiWayAttention, with_ones
 
 
 @pytest.mark.parametrize("enhancement_steps", [0, 3], ids=["3P", "3P+"])
@@ -29,6 +38,37 @@ def test_so_are_its_gradients():
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention": "none"},
+        {"attention": "dot"},
+        {"weights": "softmax"},
+        {"attention": "dot", "weights": "softmax"},
+        {"distance": False},
+        {"walk": "target"},
+        {"cross": "delayed"},
+        {"segment": 5},
+        {"weights": "softmax", "walk": "target", "segment": 4},
+    ],
+    ids=str,
+)
+def test_the_literal_one_refuses_a_model_with_ablations(settings):
+    """It would compute another model with the same weights, and not say so."""
+    model = IterativeMemoryNetwork(
+        ItemEncoder(N_ROWS, 6),
+        SPEC,
+        embedding_dim=6,
+        iterations=2,
+        enhancement_steps=0,
+        attention_units=4,
+        head_units=(8,),
+        **settings,
+    )
+    with pytest.raises(ValueError, match=f"without ablations; .* another {', '.join(settings)}$"):
+        LiteralIMN(model)
+
+
 def test_attention_of_one_unit_by_hand():
     """D = H = 1, e = 2, m = 3, v = 5: W1 [-1, -3, 6, 10] = 0.1*-1 + 0.2*-3 + 0.3*6 + 0.4*10."""
     attention = MultiWayAttention(1, 1)
@@ -44,16 +84,20 @@ def test_attention_of_one_unit_by_hand():
     assert literal_weights(attention, e, m, v).item() == pytest.approx(expected)
 
 
-def test_padding_contributes_exactly_nothing():
-    """The same history in a wider row scores the same to the last bit of its sum's order."""
+def test_the_rules_of_click_models_hold():
     model = imn()
-    items, buckets, candidates = inputs([4, 4], length=4)
-    narrow = model(items, buckets, candidates)
-    padded = [
-        torch.nn.functional.pad(items, (8, 0)),
-        torch.nn.functional.pad(buckets, (0, 0, 8, 0)),
-    ]
-    torch.testing.assert_close(model(*padded, candidates), narrow, rtol=1e-6, atol=1e-6)
+    assert_padding_changes_nothing(model)
+    assert_company_changes_nothing(model)
+    assert_order_of_candidates_is_free(model)
+    assert_empty_history_is_finite(model)
+
+
+def test_every_parameter_learns():
+    assert_every_parameter_learns(imn())
+
+
+def test_the_graph_is_the_model(tmp_path):
+    assert_exports(imn(iterations=1, enhancement_steps=1), tmp_path)
 
 
 def test_what_stands_in_padded_buckets_does_not_matter():
@@ -62,26 +106,6 @@ def test_what_stands_in_padded_buckets_does_not_matter():
     changed = buckets.clone()
     changed[:, :9] = 5
     assert torch.equal(model(items, changed, candidates), model(items, buckets, candidates))
-
-
-def test_a_request_scores_the_same_in_any_company():
-    model = imn()
-    together = inputs([12, 3, 0, 8])
-    for row in range(4):
-        alone = [tensor[row : row + 1] for tensor in together]
-        torch.testing.assert_close(model(*alone)[0], model(*together)[row], rtol=1e-5, atol=1e-6)
-
-
-def test_a_candidate_scores_the_same_in_any_order():
-    model = imn()
-    items, buckets, candidates = inputs([12, 3])
-    order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(
-        model(items, buckets, candidates[:, order]),
-        model(items, buckets, candidates)[:, order],
-        rtol=1e-5,
-        atol=1e-6,
-    )
 
 
 @pytest.mark.parametrize("change", ["items", "buckets", "order"])

@@ -3,17 +3,21 @@
 import math
 from dataclasses import dataclass, field
 
-import onnx
 import pytest
 import torch
-from onnx import GraphProto
 from torch import Tensor
 from torch.nn import functional
 
-from exporter.convert import convert
-from exporter.parity import open_session, prove_signature, prove_values
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+    operators,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, inputs
-from training.models.build import Scorer
 from training.models.encoder import ItemEncoder
 from training.models.mimn import MIMN, InductionUnit, Memory, address, move, one_hot_of_largest
 
@@ -272,24 +276,12 @@ def test_without_regularisation_the_loss_is_the_bce():
 
 
 @variants
-def test_more_padding_changes_nothing(weight, induction):
+def test_the_rules_of_click_models_hold(weight, induction):
     model = mimn(weight, induction)
-    items, buckets, candidates = inputs([4, 2, 0], length=4)
-    wider = functional.pad(items, (8, 0)), functional.pad(buckets, (0, 0, 8, 0))
-    torch.testing.assert_close(
-        model(*wider, candidates), model(items, buckets, candidates), rtol=1e-5, atol=1e-5
-    )
-
-
-@variants
-def test_a_candidate_scores_the_same_alone_as_in_any_company(weight, induction):
-    model = mimn(weight, induction)
-    items, buckets, candidates = inputs([12, 3, 0, 8])
-    together = model(items, buckets, candidates)
-    for b in range(4):
-        for c in range(candidates.shape[1]):
-            alone = model(items[b : b + 1], buckets[b : b + 1], candidates[b : b + 1, c : c + 1])
-            torch.testing.assert_close(alone[0, 0], together[b, c], rtol=1e-5, atol=1e-5)
+    assert_padding_changes_nothing(model, tolerance=1e-5)
+    assert_company_changes_nothing(model, tolerance=1e-5)
+    assert_order_of_candidates_is_free(model, tolerance=1e-5)
+    assert_empty_history_is_finite(model)
 
 
 def test_a_request_is_read_once_however_many_candidates_it_has():
@@ -302,26 +294,11 @@ def test_a_request_is_read_once_however_many_candidates_it_has():
 
 @variants
 def test_every_parameter_learns(weight, induction):
-    model = mimn(weight, induction).train()
-    items, buckets, candidates = inputs([12, 7, 1, 0])
-    ones = torch.ones(4, 5)
-    model.training_loss(items, buckets, candidates, ones, ones).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+    assert_every_parameter_learns(mimn(weight, induction))
 
 
 def test_each_recurrence_is_one_operator_of_any_length(tmp_path):
     """With all that it may have; the plain one is served in test_bundles_by_http."""
-    scorer = Scorer(mimn(weight=0.3, induction=True), "probability")
-    path = tmp_path / "model.onnx"
-    convert(scorer, SPEC, path)
-    session = open_session(path)
-    prove_signature(session, SPEC)
-    prove_values(session, scorer, SPEC, N_ROWS)
-    graph: GraphProto = onnx.load(path).graph
-    operators = [node.op_type for node in graph.node]
-    assert operators.count("Scan") == 2
-    assert not {"Loop", "If"} & set(operators)
-    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    found = operators(assert_exports(mimn(weight=0.3, induction=True), tmp_path))
+    assert found.count("Scan") == 2
+    assert not {"Loop", "If"} & set(found)

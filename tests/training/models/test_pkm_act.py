@@ -28,11 +28,7 @@ from tests.training.models.next_item_checks import (
 )
 from training.errors import ConfigError
 from training.models.encoder import ItemEncoder
-from training.models.pkm_act import (
-    PkmAct,
-    in_chunks,
-    one_chunk_later,
-)
+from training.models.pkm_act import PkmAct
 
 WIDTH = 8
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -267,21 +263,6 @@ def test_time_features_need_their_scale(form, granularities, message):
 def test_experts_must_fit_each_side():
     with pytest.raises(ValueError, match="each side of 5 keys must hold the experts"):
         pkm_act(n_experts=6)
-
-
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 8])
-def test_chunks_are_counted_from_the_end_after_an_empty_one(length):
-    values = torch.arange(1, length + 1)
-    chunks = in_chunks(values.unsqueeze(0), 4)
-    assert chunks.shape == (1, -(-length // 4) + 1, 4)
-    n_padding = chunks.numel() - length
-    assert chunks.flatten().tolist() == [0] * n_padding + values.tolist()
-
-
-def test_one_chunk_later_starts_with_nothing():
-    assert one_chunk_later(torch.tensor([[[1], [2], [3]]])).tolist() == [[[0], [1], [2]]]
-    assert one_chunk_later(torch.tensor([[True, True]])).tolist() == [[False, True]]
-    assert one_chunk_later(torch.tensor([[7.0]])).tolist() == [[0.0]]
 
 
 def flops(function, *arguments: Tensor) -> int:

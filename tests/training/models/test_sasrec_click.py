@@ -1,16 +1,21 @@
 """SASRec as a click model: the last position's vector, met with the target by an MLP."""
 
-import onnx
 import pytest
 import torch
 from torch.nn import functional
 
-from exporter.convert import convert
-from exporter.parity import open_session, prove_signature, prove_values
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+    operators,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, inputs
 from tests.training.models.literal_transformer import torch_layer
 from training.models.attention import TransformerBlock
-from training.models.build import Scorer
 from training.models.encoder import ItemEncoder
 from training.models.sasrec_click import SASRecClick
 
@@ -70,24 +75,12 @@ def test_an_empty_history_is_a_user_of_zeros():
 
 
 @layers
-def test_more_padding_changes_nothing(n_layers):
+def test_the_rules_of_click_models_hold(n_layers):
     model = sasrec(n_layers)
-    items, buckets, candidates = inputs([4, 2, 0], length=4)
-    wider = functional.pad(items, (8, 0)), functional.pad(buckets, (0, 0, 8, 0))
-    torch.testing.assert_close(
-        model(*wider, candidates), model(items, buckets, candidates), rtol=1e-5, atol=1e-5
-    )
-
-
-@layers
-def test_a_candidate_scores_the_same_alone_as_in_any_company(n_layers):
-    model = sasrec(n_layers)
-    items, buckets, candidates = inputs([12, 3, 0, 8])
-    together = model(items, buckets, candidates)
-    for b in range(4):
-        for c in range(candidates.shape[1]):
-            alone = model(items[b : b + 1], buckets[b : b + 1], candidates[b : b + 1, c : c + 1])
-            torch.testing.assert_close(alone[0, 0], together[b, c], rtol=1e-5, atol=1e-5)
+    assert_padding_changes_nothing(model, tolerance=1e-5)
+    assert_company_changes_nothing(model, tolerance=1e-5)
+    assert_order_of_candidates_is_free(model, tolerance=1e-5)
+    assert_empty_history_is_finite(model)
 
 
 def test_a_request_is_read_once_however_many_candidates_it_has():
@@ -107,19 +100,9 @@ def test_dropout_acts_in_training_only():
 
 
 def test_every_parameter_learns():
-    model = sasrec(2).train()
-    model(*inputs([12, 7, 1, 0])).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+    assert_every_parameter_learns(sasrec(2))
 
 
 def test_the_graph_is_the_model(tmp_path):
-    scorer, path = Scorer(sasrec(2, n_heads=2), "probability"), tmp_path / "model.onnx"
-    convert(scorer, SPEC, path)
-    session = open_session(path)
-    prove_signature(session, SPEC)
-    prove_values(session, scorer, SPEC, N_ROWS)
-    operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert not {"Loop", "Scan", "If"} & set(operators)
+    found = operators(assert_exports(sasrec(2, n_heads=2), tmp_path))
+    assert not {"Loop", "Scan", "If"} & set(found)

@@ -4,16 +4,21 @@ import itertools
 import math
 from typing import TypeVar
 
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from exporter.convert import convert
-from exporter.parity import open_session, prove_signature, prove_values
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+    operators,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, inputs
-from training.models.build import Scorer
 from training.models.encoder import ItemEncoder
 from training.models.ubr4ctr import UBR4CTR
 
@@ -206,23 +211,12 @@ def test_a_reward_is_no_less_than_minus_one():
     torch.testing.assert_close(loss, 3 * (50 + p.log().sum()))
 
 
-def test_more_padding_changes_nothing():
+def test_the_rules_of_click_models_hold():
     model = ubr4ctr(UBR4CTR)
-    items, buckets, candidates = inputs([4, 2, 0], length=4)
-    wider = functional.pad(items, (8, 0)), functional.pad(buckets, (0, 0, 8, 0))
-    torch.testing.assert_close(
-        model(*wider, candidates), model(items, buckets, candidates), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_a_candidate_scores_the_same_alone_as_in_any_company():
-    model = ubr4ctr(UBR4CTR)
-    items, buckets, candidates = inputs([12, 3, 0, 8])
-    together = model(items, buckets, candidates)
-    for b in range(4):
-        for c in range(candidates.shape[1]):
-            alone = model(items[b : b + 1], buckets[b : b + 1], candidates[b : b + 1, c : c + 1])
-            torch.testing.assert_close(alone[0, 0], together[b, c], rtol=1e-5, atol=1e-5)
+    assert_padding_changes_nothing(model, tolerance=1e-5)
+    assert_company_changes_nothing(model, tolerance=1e-5)
+    assert_order_of_candidates_is_free(model, tolerance=1e-5)
+    assert_empty_history_is_finite(model)
 
 
 def test_a_request_is_selected_from_once_however_many_candidates_it_has():
@@ -234,22 +228,9 @@ def test_a_request_is_selected_from_once_however_many_candidates_it_has():
 
 
 def test_every_parameter_learns():
-    model = ubr4ctr(UBR4CTR).train()
-    items, buckets, candidates = inputs([12, 7, 1, 0])
-    torch.manual_seed(0)
-    ones = torch.ones(4, 5)
-    model.training_loss(items, buckets, candidates, ones, ones).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
+    assert_every_parameter_learns(ubr4ctr(UBR4CTR))
 
 
 def test_the_graph_is_the_model(tmp_path):
-    scorer, path = Scorer(ubr4ctr(UBR4CTR), "probability"), tmp_path / "model.onnx"
-    convert(scorer, SPEC, path)
-    session = open_session(path)
-    prove_signature(session, SPEC)
-    prove_values(session, scorer, SPEC, N_ROWS)
-    operators = [node.op_type for node in onnx.load(path).graph.node]
-    assert not {"Loop", "Scan", "If", "Bernoulli", "RandomUniformLike"} & set(operators)
+    found = operators(assert_exports(ubr4ctr(UBR4CTR), tmp_path))
+    assert not {"Loop", "Scan", "If", "Bernoulli", "RandomUniformLike"} & set(found)

@@ -2,6 +2,14 @@
 
 import torch
 
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_empty_history_is_finite,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, inputs
 from training.models.encoder import ItemEncoder
 from training.models.youtube_dnn import YouTubeDNN
@@ -22,17 +30,17 @@ def test_the_users_vector_is_the_mean_of_the_behaviors():
     torch.testing.assert_close(network(items, buckets, candidates)[0], torch.stack(expected))
 
 
-def test_padding_contributes_nothing():
+def test_the_rules_of_click_models_hold():
     network = model()
-    items, buckets, candidates = inputs([4, 2], length=4)
-    padded = [
-        torch.nn.functional.pad(items, (8, 0)),
-        torch.nn.functional.pad(buckets, (0, 0, 8, 0)),
-    ]
-    torch.testing.assert_close(
-        network(*padded, candidates), network(items, buckets, candidates), rtol=1e-6, atol=1e-7
-    )
+    assert_padding_changes_nothing(network, tolerance=1e-7)
+    assert_company_changes_nothing(network, tolerance=1e-7)
+    assert_order_of_candidates_is_free(network, tolerance=1e-7)
+    assert_empty_history_is_finite(network)
 
 
-def test_an_empty_history_is_a_finite_score():
-    assert model()(*inputs([0])).isfinite().all()
+def test_every_parameter_learns():
+    assert_every_parameter_learns(model())
+
+
+def test_the_graph_is_the_model(tmp_path):
+    assert_exports(model(), tmp_path)
