@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from contract.catalogue import PADDING_ROW
 from contract.features import FeatureSpec
@@ -36,7 +37,8 @@ class TargetAttention(nn.Module):
 
     so that each target costs one H x E matrix, and one matrix product meets the whole history: no
     tensor of width 4D over the sequence is ever made. Every behavior carries a 1 as its last entry,
-    which the offset's column meets.
+    which the offset's column meets. The H x E matrix is an affine map of v, and so one matrix
+    product too.
     """
 
     def __init__(self, width: int, units: Sequence[int], *, normalise: bool = True) -> None:
@@ -53,8 +55,10 @@ class TargetAttention(nn.Module):
         """Return the weights [B, C, L]: exactly 0 for padding, and all of an empty history."""
         n_candidates, n_hidden = target_BCD.shape[1], self.hidden.out_features
         behaviors_BLE = torch.cat([behaviors_BLD, is_behavior_BL.unsqueeze(2)], dim=2)
-        kernels_BXE = self._kernels(target_BCD).flatten(1, 2)
-        hidden_BLX = torch.sigmoid(behaviors_BLE @ kernels_BXE.transpose(1, 2))
+        kernels_BCX = functional.linear(target_BCD, *self._kernel_map())
+        kernels_BXE = kernels_BCX.unflatten(2, (n_hidden, -1)).flatten(1, 2)
+        # In place: the product is needed no more, and a second tensor of its size costs much.
+        hidden_BLX = (behaviors_BLE @ kernels_BXE.transpose(1, 2)).sigmoid_()
         hidden_BLCH = torch.unflatten(hidden_BLX, 2, (n_candidates, n_hidden))
         scores_BCL: Tensor = self.layers(hidden_BLCH).squeeze(3).transpose(1, 2)
         is_behavior_B1L = is_behavior_BL.unsqueeze(1)
@@ -63,12 +67,14 @@ class TargetAttention(nn.Module):
         weights_BCL = torch.where(is_behavior_B1L, scores_BCL, MASKED).softmax(dim=2)
         return weights_BCL * is_behavior_B1L
 
-    def _kernels(self, target_BCD: Tensor) -> Tensor:
-        """Return the first layer of each target, [B, C, H, E]."""
+    def _kernel_map(self) -> tuple[Tensor, Tensor]:
+        """Return weight [H * E, D] and bias [H * E] of the map from v to the first layer, H x E."""
         of_e_HD, of_v_HD, minus_HD, times_HD = self.hidden.weight.chunk(4, dim=1)
-        kernels_BCHD = of_e_HD + minus_HD + times_HD * target_BCD.unsqueeze(2)
-        offsets_BCH = nn.functional.linear(target_BCD, of_v_HD - minus_HD, self.hidden.bias)
-        return torch.cat([kernels_BCHD, offsets_BCH.unsqueeze(3)], dim=3)
+        identity_DD = torch.eye(of_e_HD.shape[1], device=of_e_HD.device).type_as(of_e_HD)
+        diagonals_HDD = times_HD.unsqueeze(1) * identity_DD
+        weight_HED = torch.cat([diagonals_HDD, (of_v_HD - minus_HD).unsqueeze(1)], dim=1)
+        bias_HE = torch.cat([of_e_HD + minus_HD, self.hidden.bias.unsqueeze(1)], dim=1)
+        return weight_HED.flatten(0, 1), bias_HE.flatten()
 
 
 class Dice(nn.Module):
