@@ -191,7 +191,7 @@ async def events(body: EventsBody, request: Request) -> EventsAnswer:
 
 @router.get("/models", summary="What is served")
 async def models(request: Request) -> Models:
-    """Return name, version and test metrics of each model."""
+    """Return name, version, calibration and test metrics of each model."""
     manifest = _services(request).model.manifest
     return Models(
         models=[
@@ -201,6 +201,7 @@ async def models(request: Request) -> Models:
                 score_kind=manifest.score_kind,
                 history_length=manifest.features.history_length,
                 items=manifest.n_items,
+                calibration=manifest.calibration,
                 metrics=manifest.metrics,
             )
         ]

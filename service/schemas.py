@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from contract.bundle import CalibrationMethod
 from contract.errors import RecordError
 from contract.records import (
     MAX_ITEM,
@@ -253,7 +254,25 @@ class ModelInfo(BaseModel):
     score_kind: Literal["probability", "affinity"]
     history_length: int
     items: int
-    metrics: dict[str, float]
+    calibration: Annotated[
+        CalibrationMethod,
+        Field(description="How its probabilities were fitted to the validation part."),
+    ]
+    metrics: Annotated[
+        dict[str, float],
+        Field(
+            description="Of the test part. Where probabilities are calibrated, they are those of "
+            "the calibrated ones, and `..._uncalibrated` are those of the plain ones, such as of "
+            "`expected_calibration_error`.",
+            examples=[
+                {
+                    "auc": 0.72,
+                    "expected_calibration_error": 0.004,
+                    "expected_calibration_error_uncalibrated": 0.031,
+                }
+            ],
+        ),
+    ]
 
 
 class Models(BaseModel):

@@ -21,6 +21,7 @@ from service.history import history_key
 from service.model import OnnxModel
 from service.settings import Settings
 from tests.service.live_service import LiveService, live_service
+from training.calibration import Calibration, unchanged
 from training.checkpoint import TrainedModel, save_model
 from training.config import parse_config
 from training.models.build import build_model
@@ -56,6 +57,18 @@ CLICK_MODELS: dict[str, dict[str, Any]] = {
     "ubr4ctr": {"name": "ubr4ctr", **SMALL},
     "sasrec_click": {"name": "sasrec_click", **SMALL},
 }
+# Of the others probabilities are left as they are.
+CALIBRATIONS = {
+    "imn": Calibration("platt", slope=0.5, knots=[0.0], values=[-1.0]),
+    "din": Calibration("isotonic", slope=0.5, knots=[-0.5, 0.5], values=[-2.0, 1.0]),
+    "dien": unchanged().shifted(-1.5),
+}
+CALIBRATED_METRICS = {
+    "auc": 0.7,
+    "log_loss": 0.3,
+    "expected_calibration_error": 0.004,
+    "expected_calibration_error_uncalibrated": 0.031,
+}
 GRANULARITIES = [
     {"name": "hours", "unit_s": 3600, "n_buckets": 22},
     {"name": "age_seconds", "unit_s": 1, "n_buckets": 1 << 32, "scale": "linear"},
@@ -70,7 +83,9 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
-def checkpoint(folder: Path, settings: dict[str, Any], split: str) -> Path:
+def checkpoint(
+    folder: Path, settings: dict[str, Any], split: str, calibration: Calibration | None
+) -> Path:
     config = parse_config(
         {
             "name": "tiny",
@@ -93,17 +108,21 @@ def checkpoint(folder: Path, settings: dict[str, Any], split: str) -> Path:
         config=config,
         model=model,
         catalogue=Catalogue(np.arange(1, N_ITEMS + 1) * 1000),
-        metrics={"some_metric": 0.1},
+        metrics={"some_metric": 0.1} if calibration is None else CALIBRATED_METRICS,
         data_fingerprint="f",
+        calibration=calibration,
     )
     save_model(folder / "model.pt", trained, item_counts=counts, features_of_row=None, n_users=5)
     return folder / "model.pt"
 
 
-def exported(folder: Path, settings: dict[str, Any], split: str) -> GoldenRows:
+def exported(
+    folder: Path, settings: dict[str, Any], split: str, calibration: Calibration | None = None
+) -> GoldenRows:
     """Write the bundle of an untrained model, proven, and return its golden rows."""
     table: list[ParityRow] = []
-    export(checkpoint(folder, settings, split), folder / "bundle", report=table.extend)
+    path = checkpoint(folder, settings, split, calibration)
+    export(path, folder / "bundle", report=table.extend)
     assert max(row.max_difference for row in table) <= VALUE_TOLERANCE
     return GoldenRows.load(folder / "bundle" / GOLDEN)
 
@@ -147,8 +166,15 @@ def test_a_next_item_bundle_gives_its_golden_scores_and_the_best_item(name, tmp_
 
 
 @pytest.mark.parametrize("name", CLICK_MODELS)
-def test_a_click_bundle_gives_its_golden_probabilities(name, tmp_path, redis_url):
-    golden = exported(tmp_path, CLICK_MODELS[name], "time")
+def test_a_click_bundle_gives_its_golden_probabilities_and_tells_how(name, tmp_path, redis_url):
+    calibration = CALIBRATIONS.get(name)
+    golden = exported(tmp_path, CLICK_MODELS[name], "time", calibration)
     assert read_manifest(tmp_path / "bundle").score_kind == "probability"
     with served(tmp_path / "bundle", redis_url, golden) as service:
         assert_golden(service, golden)
+        (shown,) = service.client.get("/models").json()["models"]
+    if calibration is None:
+        assert shown["calibration"] == "none"
+    else:
+        assert shown["calibration"] == calibration.method
+        assert shown["metrics"] == CALIBRATED_METRICS

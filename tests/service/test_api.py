@@ -316,6 +316,7 @@ class TestOperators:
                     "score_kind": "affinity",
                     "history_length": HISTORY_LENGTH,
                     "items": KNOWN_ITEMS,
+                    "calibration": "none",
                     "metrics": {"auc": 0.5},
                 }
             ]
