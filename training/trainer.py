@@ -289,7 +289,7 @@ class _Run:
         if math.isnan(metric):
             raise TrainingError(
                 f"epoch {progress.epoch}: the validation {self.task.metric} is not a number: "
-                "training diverged, or the validation part holds one label only"
+                "training diverged"
             )
         if metric <= progress.best_metric:
             return replace(progress, validations_since_best=progress.validations_since_best + 1)

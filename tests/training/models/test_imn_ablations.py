@@ -9,11 +9,17 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exporter.convert import convert
-from exporter.parity import open_session, prove_signature, prove_values
+from tests.training.models.click_checks import (
+    assert_company_changes_nothing,
+    assert_every_parameter_learns,
+    assert_exports,
+    assert_order_of_candidates_is_free,
+    assert_padding_changes_nothing,
+    operators,
+)
 from tests.training.models.inputs import N_ROWS, SPEC, imn, inputs
 from tests.training.models.literal_imn import literal_gru
 from training.config import ImnConfig
@@ -175,51 +181,25 @@ def test_every_ablation_is_the_literal_one(settings):
 
 @every_ablation
 def test_padding_on_the_left_changes_nothing(settings):
-    model = ablated(settings)
-    items, buckets, candidates = inputs([4, 3, 1, 0], length=4)
-    narrow = model(items, buckets, candidates)
-    assert narrow.isfinite().all()
-    for n_more in (1, 8):
-        wider = functional.pad(items, (n_more, 0)), functional.pad(buckets, (0, 0, n_more, 0))
-        torch.testing.assert_close(model(*wider, candidates), narrow, rtol=1e-5, atol=1e-5)
+    assert_padding_changes_nothing(ablated(settings), tolerance=1e-5)
 
 
 @every_ablation
-def test_company_changes_nothing_neither_requests_nor_candidates(settings):
-    model = ablated(settings)
-    items, buckets, candidates = inputs([12, 3, 0, 8])
-    together = model(items, buckets, candidates)
-    for b in range(4):
-        for c in (0, 4):
-            alone = items[b : b + 1], buckets[b : b + 1], candidates[b : b + 1, c : c + 1]
-            torch.testing.assert_close(model(*alone)[0, 0], together[b, c], rtol=1e-5, atol=1e-5)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    permuted = model(items, buckets, candidates[:, order])
-    torch.testing.assert_close(permuted, together[:, order], rtol=1e-5, atol=1e-5)
+def test_company_and_the_order_of_candidates_change_nothing(settings):
+    assert_company_changes_nothing(ablated(settings), tolerance=1e-5)
+    assert_order_of_candidates_is_free(ablated(settings), tolerance=1e-5)
 
 
 @every_ablation
 def test_every_parameter_learns(settings):
-    model = ablated(settings).train()
-    items, buckets, candidates = inputs([12, 0, 5, 8])
-    model(items, buckets, candidates).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} is not part of the logits"
-        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
-        assert parameter.grad.any(), f"the gradient of {name} is 0"
+    assert_every_parameter_learns(ablated(settings))
 
 
 @pytest.mark.parametrize("settings", EXPORTED, ids=named)
 def test_ablations_export_with_every_axis_free(settings, tmp_path):
-    """Every setting is in one of these. Exported at one length, proven at others."""
-    path, scorer = tmp_path / "model.onnx", Scorer(ablated(settings, 1), "probability")
-    convert(scorer, SPEC, path)
-    session = open_session(path)
-    prove_signature(session, SPEC)
-    prove_values(session, scorer, SPEC, N_ROWS)
-    graph = onnx.load(path).graph
-    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
-    assert not {"Loop", "Scan", "If"} & {node.op_type for node in graph.node}
+    """Every setting is in one of these."""
+    graph = assert_exports(ablated(settings, 1), tmp_path)
+    assert not {"Loop", "Scan", "If"} & set(operators(graph))
 
 
 def test_without_ablations_names_and_graph_stay_what_they_were(tmp_path):
