@@ -56,7 +56,7 @@ class TargetAttention(nn.Module):
         n_candidates, n_hidden = target_BCD.shape[1], self.hidden.out_features
         behaviors_BLE = torch.cat([behaviors_BLD, is_behavior_BL.unsqueeze(2)], dim=2)
         kernels_BCX = functional.linear(target_BCD, *self._kernel_map())
-        kernels_BXE = kernels_BCX.unflatten(2, (n_hidden, -1)).flatten(1, 2)
+        kernels_BXE = torch.unflatten(kernels_BCX, 2, (n_hidden, -1)).flatten(1, 2)
         # In place: the product is needed no more, and a second tensor of its size costs much.
         hidden_BLX = (behaviors_BLE @ kernels_BXE.transpose(1, 2)).sigmoid_()
         hidden_BLCH = torch.unflatten(hidden_BLX, 2, (n_candidates, n_hidden))
