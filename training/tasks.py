@@ -15,9 +15,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from contract.catalogue import FIRST_ROW, Catalogue
 from training.calibration import Calibration, fit, negative_sampling_rate, unchanged
-from training.config import DienConfig, NextItemModelConfig, RunConfig, SasRecConfig
+from training.config import (
+    DienConfig,
+    ModelConfig,
+    NextItemModelConfig,
+    RunConfig,
+    SasRecConfig,
+)
 from training.data.click_data import open_click_data, reads_impressions
-from training.data.loader import ClickBatch
+from training.data.loader import ClickBatch, ClickLoader
 from training.data.log import PreparedLog
 from training.data.next_item_data import NextItemData, open_next_item_data
 from training.data.sequences import NO_TARGET, SequenceBatch
@@ -64,6 +70,48 @@ class HasTrainingLoss(Protocol):
         """Return the loss, summed over the samples; `labels`, `mask`: [B, C], 1 for clicks and 1
         for samples.
         """
+
+
+class ClickLoss:
+    """BCE, or what a click model learns by instead, and the auxiliary loss of DIEN.
+
+    `item_counts`: int64 [catalogue rows]; DIEN's negatives are drawn as often.
+    """
+
+    def __init__(self, settings: ModelConfig, item_counts: Tensor) -> None:
+        self._auxiliary_weight = (
+            settings.auxiliary_weight if isinstance(settings, DienConfig) else 0.0
+        )
+        chosen_R = item_counts.double()
+        chosen_R[:FIRST_ROW] = 0
+        self.cumulative_R = (chosen_R / chosen_R.sum()).cumsum(dim=0)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        labels_BC: Tensor,
+        mask_BC: Tensor,
+    ) -> Tensor:
+        """Return the loss, summed over the samples.
+
+        `inputs`: the model's, items [B, L], buckets [B, L, G] and candidates [B, C]. `labels_BC`,
+        `mask_BC`: 1 for clicks and 1 for samples.
+        """
+        items, buckets, candidates = inputs
+        if isinstance(model, HasTrainingLoss):
+            loss = model.training_loss(items, buckets, candidates, labels_BC, mask_BC)
+        else:
+            logits_BC = model(items, buckets, candidates)
+            loss_BC = binary_cross_entropy_with_logits(logits_BC, labels_BC, reduction="none")
+            loss = (loss_BC * mask_BC).sum()
+        if self._auxiliary_weight:
+            assert isinstance(model, DIEN)
+            # A mean of its own in every process, which counts as much as the process' samples do.
+            loss = loss + self._auxiliary_weight * mask_BC.sum() * model.auxiliary_loss(
+                items, buckets, draw_rows(self.cumulative_R, items.shape, items.device)
+            )
+        return loss
 
 
 class Task(Protocol):
@@ -153,13 +201,9 @@ class ClickTask:
         self.features_of_row = self.data.features_of_row
         self.n_users = log.header.n_users
         self.model = _build(self, config)
-        settings = config.model
-        self._auxiliary_weight = (
-            settings.auxiliary_weight if isinstance(settings, DienConfig) else 0.0
-        )
-        chosen_R = self.item_counts.double()
-        chosen_R[:FIRST_ROW] = 0
-        self._cumulative_R = (chosen_R / chosen_R.sum()).cumsum(dim=0)
+        if any(True for _ in self.model.parameters()):
+            _require_both_labels(self.data.loaders[Part.VALID])
+        self._loss = ClickLoss(config.model, self.item_counts)
 
     def n_samples(self, epoch: int) -> int:
         """Return the samples of one epoch: all have the same."""
@@ -180,18 +224,7 @@ class ClickTask:
         labels_BC, mask_BC = (
             torch.from_numpy(array).to(device) for array in (batch.labels, batch.mask)
         )
-        if isinstance(model, HasTrainingLoss):
-            loss = model.training_loss(items, buckets, candidates, labels_BC, mask_BC)
-        else:
-            logits_BC = model(items, buckets, candidates)
-            loss_BC = binary_cross_entropy_with_logits(logits_BC, labels_BC, reduction="none")
-            loss = (loss_BC * mask_BC).sum()
-        if self._auxiliary_weight:
-            assert isinstance(model, DIEN)
-            # A mean of its own in every process, which counts as much as the process' samples do.
-            loss = loss + self._auxiliary_weight * mask_BC.sum() * model.auxiliary_loss(
-                items, buckets, draw_rows(self._cumulative_R, items.shape, device)
-            )
+        loss = self._loss(model, (items, buckets, candidates), labels_BC, mask_BC)
         return loss / max(batch.n_samples, 1)
 
     def calibrate(self, model: nn.Module, device: torch.device) -> Calibration | None:
@@ -349,6 +382,20 @@ def _sampling_rate(log: PreparedLog, config: RunConfig) -> float:
             "data.click_rate: for sampled negatives; labelled impressions have a rate of their own"
         )
     return negative_sampling_rate(data.click_rate, data.n_negatives)
+
+
+def _require_both_labels(valid: ClickLoader) -> None:
+    """Raise TrainingError where the validation part has no AUC to choose an epoch by."""
+    found: set[float] = set()
+    for batch in valid.epoch(0, shuffle=False):
+        found.update(batch.labels[batch.mask].tolist())
+        if len(found) > 1:
+            return
+    what = f"samples of label {found.pop():.0f} only" if found else "no sample"
+    raise TrainingError(
+        f"the validation part holds {what}, which leaves no AUC to choose the best epoch by; "
+        "data.test_fraction and data.valid_fraction say which part it is"
+    )
 
 
 def _item_codes(data: NextItemData, config: RunConfig) -> Tensor | None:

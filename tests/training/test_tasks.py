@@ -142,9 +142,38 @@ class TestOpened:
         with pytest.raises(ConfigError, match=r"train\.calibration, data\.click_rate: for click"):
             open_task(log, config)
 
-    def test_impressions_have_a_click_rate_of_their_own(self, log):
-        with pytest.raises(ConfigError, match=r"data\.click_rate: for sampled negatives"):
-            open_task(log, run_config(data={"click_rate": 0.1}))
+    @pytest.mark.parametrize(
+        ("labels", "samples", "found"),
+        [
+            pytest.param([1, 1, 1, 1], "impressions", "samples of label 1 only", id="all clicked"),
+            pytest.param([0, 0, 0, 0], "impressions", "samples of label 0 only", id="no clicks"),
+            pytest.param([0, 0, 0, 0], "negatives", "no sample,", id="no clicks, negatives drawn"),
+        ],
+    )
+    def test_a_validation_part_of_one_label_is_refused(
+        self, make_log, tmp_path, labels, samples, found
+    ):
+        """Seconds 12 to 15. Nothing is trained, nor written."""
+        log = make_log(
+            {
+                "user": [1, 2] * 10,
+                "item": [5, 6, 7, 8] * 5,
+                "timestamp": list(range(20)),
+                "label": [0, 1, 1] * 4 + labels + [0, 1] * 2,
+            }
+        )
+        data = {"samples": samples, "test_fraction": 0.2, "valid_fraction": 0.25}
+        alone = Worker(device=CPU)
+        with pytest.raises(TrainingError, match=f"the validation part holds {found}"):
+            train(run_config(data=data), log, tmp_path / "run", alone, show_progress=False)
+        assert not (tmp_path / "run").exists()
+        open_task(log, run_config(data=data, model={"name": "popularity"}))  # trains nothing
+
+    def test_clicks_to_which_no_negative_can_be_drawn_are_of_one_label(self, make_log):
+        """There is one item, and all have chosen it."""
+        columns = {"user": [1, 2] * 10, "item": [5] * 20, "timestamp": list(range(20))}
+        with pytest.raises(TrainingError, match="the validation part holds samples of label 1"):
+            open_task(make_log(columns), run_config())
 
 
 class TestLoss:
@@ -249,7 +278,7 @@ class TestLossOfClicks:
         task = click_task_of(log, {"name": "dien"})
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            rows = draw_rows(task._cumulative_R, (100, 1000), CPU)
+            rows = draw_rows(task._loss.cumulative_R, (100, 1000), CPU)
         counts = task.item_counts.double()
         counts[:FIRST_ROW] = 0
         found = torch.bincount(rows.flatten(), minlength=len(counts)) / rows.numel()
@@ -329,6 +358,13 @@ class Knows(nn.Module):
         return self.logit + 1e-3 * candidates.float()
 
 
+class Indifferent(nn.Module):
+    """A click model to which all items are alike."""
+
+    def forward(self, _items, _buckets, candidates):
+        return torch.zeros(candidates.shape)
+
+
 class TestCalibration:
     @pytest.mark.parametrize("method", ["platt", "isotonic"])
     def test_is_that_of_the_validation_part(self, log, method):
@@ -345,22 +381,12 @@ class TestCalibration:
         other = task_of(log, next_item_config())
         other.calibrate(other.model, CPU)
 
-    def test_of_one_label_only_is_left_out_and_said(self, make_log, caplog):
-        """Seconds 12 to 15 are the validation part: all were clicked."""
-        log = make_log(
-            {
-                "user": [1, 2] * 10,
-                "item": [5, 6, 7, 8] * 5,
-                "timestamp": list(range(20)),
-                "label": [0, 1, 1] * 4 + [1] * 4 + [0, 1] * 2,
-            }
-        )
-        data = {"test_fraction": 0.2, "valid_fraction": 0.25}
-        task = click_task(log, data=data, calibration="platt")
-        assert task.calibrate(task.model, CPU) is None
+    def test_that_nothing_tells_is_left_out_and_said(self, log, caplog):
+        task = click_task(log, calibration="platt")
+        assert task.calibrate(Indifferent(), CPU) is None
         (message,) = (record.getMessage() for record in caplog.records)
         assert message == (
-            "probabilities are left uncalibrated: the validation part holds one label only"
+            "probabilities are left uncalibrated: the logits are all equal, or not finite"
         )
 
     def test_of_sampled_negatives_is_for_the_click_rate_that_is_said(self, log):

@@ -38,7 +38,7 @@ class ClickBatch:
 
 
 class ClickLoader:
-    """Gathers batches of `batch_size` moments.
+    """Gathers batches of `batch_size` of the `moments`.
 
     `negatives`: draws `n_negatives` items beside each moment's candidates. `unknown_rate`: share
     of behaviors and candidates that are shown to the model as the unknown item, so that its row
@@ -60,7 +60,7 @@ class ClickLoader:
         unknown_rate: float = 0.0,
     ) -> None:
         self._histories = HistoryGatherer(log, catalogue, spec, unknown_rate=unknown_rate)
-        self._moments = moments
+        self.moments = moments
         self._catalogue = catalogue
         self._batch_size = batch_size
         self._seed = seed
@@ -71,12 +71,12 @@ class ClickLoader:
     @property
     def n_batches(self) -> int:
         """Batches in one epoch."""
-        return -(-len(self._moments) // self._batch_size)
+        return -(-len(self.moments) // self._batch_size)
 
     @property
     def n_samples(self) -> int:
         """Samples in one epoch, sampled negatives included; fewer where there is none to draw."""
-        return len(self._moments.labels) + len(self._moments) * self._n_negatives
+        return len(self.moments.labels) + len(self.moments) * self._n_negatives
 
     def epoch(
         self,
@@ -94,7 +94,7 @@ class ClickLoader:
             yield self._gather(batches[number], rng, rank, world_size)
 
     def _batches(self, epoch: int, *, shuffle: bool) -> list[NDArray[np.int64]]:
-        moments = self._moments
+        moments = self.moments
         rng = np.random.default_rng([self._seed, epoch]) if shuffle else None
         return length_sorted_batches(moments.ends - moments.starts, self._batch_size, rng)
 
@@ -116,9 +116,9 @@ class ClickLoader:
         candidate_rows_BC = self._catalogue.rows(items_BC)
         candidate_rows_BC[hidden_BC[mine] & mask_BC] = UNKNOWN_ROW
         history_rows_BL, buckets_BLG = self._histories.gather(
-            self._moments.starts[chosen],
-            self._moments.ends[chosen],
-            self._moments.times[chosen],
+            self.moments.starts[chosen],
+            self.moments.ends[chosen],
+            self.moments.times[chosen],
             behavior_seed,
         )
         return ClickBatch(
@@ -129,7 +129,7 @@ class ClickLoader:
             ),
             labels=labels_BC,
             mask=mask_BC,
-            users=self._moments.users[chosen],
+            users=self.moments.users[chosen],
             probabilities=None if probabilities_BC is None else probabilities_BC[mine],
             n_samples=n_samples,
         )
@@ -137,7 +137,7 @@ class ClickLoader:
     def _candidates(
         self, chosen: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
-        moments = self._moments
+        moments = self.moments
         first_B = moments.candidate_offsets[chosen]
         n_candidates_B = moments.candidate_offsets[chosen + 1] - first_B
         columns_C = np.arange(n_candidates_B.max())
