@@ -1,6 +1,7 @@
-"""`python -m training prepare | train | evaluate | autoregress | compare`."""
+"""`python -m training prepare | train | evaluate | autoregress | compare | compare-clicks`."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from contract.errors import ContractError
 from training.autoregression import autoregress
 from training.checkpoint import TrainedModel, load_model
-from training.comparison.page import write_comparison
+from training.comparison.click_page import write_click_comparison
+from training.comparison.next_item_page import write_comparison
 from training.config import RunConfig, load_config
 from training.data.log import PreparedLog
 from training.data.next_item_data import open_next_item_data
@@ -28,14 +30,28 @@ _SHOWN = ("ndcg10", "hr10")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return its exit code. Errors of the user end in one clear line."""
+    """Run one command; return its exit code. Errors of the user end in one clear line, and output
+    that nobody reads any more (`| head`) in none.
+    """
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        # What is still buffered is to fail here, not in the interpreter's own last flush.
+        sys.stdout.flush()
     except (TrainingError, ContractError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        _discard_output()
+        return 1  # as Python itself ends on EPIPE
     return code
+
+
+def _discard_output() -> None:
+    """Let what is written from here on, at the interpreter's end too, meet no broken pipe."""
+    with Path(os.devnull).open("wb") as nothing:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +86,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a further categorical feature of items, such as brand=brand_id",
     )
     one.add_argument("--drop-invalid", action="store_true", help="leave out rows without meaning")
+    one.add_argument(
+        "--history",
+        type=Path,
+        help="a second log, of what users did before; its rows need an order or a timestamp",
+    )
+    one.add_argument(
+        "--history-column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="as --column, of the second log",
+    )
     one.set_defaults(run=_prepare)
 
     one = commands.add_parser("train", help="a prepared log to a model")
@@ -101,29 +129,47 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_autoregress)
 
     one = commands.add_parser("compare", help="finished runs of next-item models to two pages")
-    one.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
     one.add_argument("--log", type=Path, required=True, help="the prepared log of all runs")
-    one.add_argument("--page", type=Path, required=True, help="Markdown; figures go beside it")
-    one.add_argument("--html", type=Path, required=True, help="one page with plots")
     one.add_argument("--data", default="ml1m", metavar="NAME", help="the log's name in figures")
-    one.add_argument("--costs", action="store_true", help="time and memory over L; takes minutes")
-    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --costs")
-    one.add_argument(
-        "--cite", type=Path, nargs="*", default=[], help="twins of other pages: figures to repeat"
-    )
+    _add_comparison(one)
     one.set_defaults(run=_compare)
+
+    one = commands.add_parser("compare-clicks", help="finished runs of click models to two pages")
+    one.add_argument(
+        "--log",
+        action="append",
+        required=True,
+        dest="logs",
+        metavar="NAME=FOLDER",
+        help="a prepared log that runs were trained on, and its name in figures",
+    )
+    _add_comparison(one)
+    one.set_defaults(run=_compare_clicks)
     return parser
 
 
+def _add_comparison(one: argparse.ArgumentParser) -> None:
+    one.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
+    one.add_argument("--page", type=Path, required=True, help="Markdown; figures go beside it")
+    one.add_argument("--html", type=Path, required=True, help="one page with plots")
+    one.add_argument("--costs", action="store_true", help="time and memory over L; takes minutes")
+    one.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of --costs, and of attention"
+    )
+    one.add_argument(
+        "--cite", type=Path, nargs="*", default=[], help="twins of other pages: figures to repeat"
+    )
+
+
 def _prepare(options: argparse.Namespace) -> int:
-    columns = dict(pair.partition("=")[::2] for pair in options.column)
-    features = [feature.partition("=")[::2] for feature in options.item_feature]
     report = prepare(
         LogSource(
             path=options.log,
             format=options.format,
-            columns=columns,
-            item_features={name: column or name for name, column in features},
+            columns=_pairs(options.column),
+            item_features={
+                name: column or name for name, column in _pairs(options.item_feature).items()
+            },
             label_threshold=options.label_threshold,
             time_unit=options.time_unit,
         ),
@@ -133,6 +179,15 @@ def _prepare(options: argparse.Namespace) -> int:
             behaviors=options.behaviors,
             drop_invalid=options.drop_invalid,
         ),
+        history=(
+            LogSource(
+                path=options.history,
+                columns=_pairs(options.history_column),
+                time_unit=options.time_unit,
+            )
+            if options.history is not None
+            else None
+        ),
     )
     header = report.header
     print(
@@ -141,6 +196,10 @@ def _prepare(options: argparse.Namespace) -> int:
         + (f"; {report.n_dropped:,} invalid rows left out" if report.n_dropped else "")
     )
     return 0
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    return dict(word.partition("=")[::2] for word in words)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -201,7 +260,7 @@ def _compare(options: argparse.Namespace) -> int:
         page=options.page,
         html=options.html,
         data=options.data,
-        command=_command(options),
+        command=_command(options, "compare", "--log", _shown(options.log), "--data", options.data),
         costs=options.costs,
         cited=options.cite,
         device=torch.device(options.device),
@@ -210,18 +269,44 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _command(options: argparse.Namespace) -> str:
-    """Return the command as it is shown: of absolute paths, which are a machine's own, the end."""
-    words = ["python", "-m", "training", "compare", *options.runs]
-    words += ["--log", options.log, "--page", options.page, "--html", options.html]
-    words += ["--data", options.data]
+def _compare_clicks(options: argparse.Namespace) -> int:
+    folders: dict[str, Path] = {}
+    for word in options.logs:
+        name, _, folder = word.partition("=")
+        if not name or not folder:
+            raise ConfigError(f"--log {word}: expected NAME=FOLDER")
+        if name in folders:
+            raise ConfigError(f"--log {word}: {name} is {folders[name]} already")
+        folders[name] = Path(folder)
+    words = [word for name in folders for word in ("--log", f"{name}={_shown(folders[name])}")]
+    write_click_comparison(
+        options.runs,
+        {name: PreparedLog(folder) for name, folder in folders.items()},
+        page=options.page,
+        html=options.html,
+        command=_command(options, "compare-clicks", *words),
+        costs=options.costs,
+        cited=options.cite,
+        device=torch.device(options.device),
+    )
+    print(f"{options.page}, {options.page.with_suffix('.json')}, {options.html}")
+    return 0
+
+
+def _command(options: argparse.Namespace, name: str, *logs: str) -> str:
+    """Return the command as it is shown; `logs`: the words that tell which data there is."""
+    words = ["python", "-m", "training", name, *map(_shown, options.runs), *logs]
+    words += ["--page", _shown(options.page), "--html", _shown(options.html)]
     if options.costs:
         words += ["--costs", "--device", options.device]
     if options.cite:
-        words += ["--cite", *options.cite]
-    return shlex.join(
-        word.name if isinstance(word, Path) and word.is_absolute() else str(word) for word in words
-    )
+        words += ["--cite", *map(_shown, options.cite)]
+    return shlex.join(words)
+
+
+def _shown(path: Path) -> str:
+    """Return a path, of an absolute one, which is a machine's own, the end."""
+    return path.name if path.is_absolute() else str(path)
 
 
 def _config(name: str, overrides: tuple[str, ...]) -> RunConfig:

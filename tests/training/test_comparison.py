@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.comparison.pages import figures as figures_beside
+from tests.training.comparison.pages import tables
 from training.__main__ import main
 from training.checkpoint import load_model
-from training.comparison import sections
-from training.comparison.choice import METRICS, MODELS, compare
+from training.comparison import next_item_sections as sections
 from training.comparison.costs import LENGTHS, LengthCost
-from training.comparison.measurements import Measurements, cost_subjects, retrieval_setups
-from training.comparison.page import write_comparison
-from training.comparison.published import published
-from training.comparison.sections import LABELS
+from training.comparison.next_item_choice import METRICS, MODELS, compare
+from training.comparison.next_item_measurements import Measurements, cost_subjects, retrieval_setups
+from training.comparison.next_item_page import write_comparison
+from training.comparison.next_item_published import published
+from training.comparison.next_item_sections import LABELS
 from training.config import parse_config
 from training.data.log import PreparedLog
 from training.distributed import Worker
@@ -107,25 +109,8 @@ def change_metrics(folder: Path, *, valid: float, test: float) -> None:
     (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in changed))
 
 
-def tables(page: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of each section's table by heading; the cells by column."""
-    found = {}
-    for section in page.read_text().split("\n## ")[1:]:
-        title, *rest = section.splitlines()
-        heads, _, *rows = [
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in rest
-            if line.startswith("|")
-        ]
-        found[title] = [dict(zip(heads, row, strict=True)) for row in rows]
-    return found
-
-
-def figures(pages: Path) -> dict[str, float]:
-    twin = json.loads((pages / "next_item.json").read_text())
-    assert set(twin) == {"figures", "command", "machine", "date"}
-    named: dict[str, float] = twin["figures"]
-    return named
+def figures(folder: Path) -> dict[str, float]:
+    return figures_beside(folder / "next_item.md")
 
 
 class TestAccuracy:

@@ -1,5 +1,8 @@
-"""`python -m training prepare`, and what becomes of its features of items."""
+"""`python -m training prepare`, what becomes of its features of items, and output cut short."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -62,6 +65,16 @@ def test_a_missing_column_is_refused_in_one_line(log_file, capsys):
     assert not log_file.with_name("log").exists()
 
 
+def test_a_second_log_comes_before_the_first(log_file, tmp_path):
+    earlier = tmp_path / "earlier.csv"
+    earlier.write_text("user,item,timestamp,nth\n2,77,,1\n2,78,0,2\n")
+    assert prepare(log_file, "--history", str(earlier), "--history-column", "order=nth") == 0
+    log = PreparedLog(log_file.with_name("log"))
+    user = [log.user_id(index) for index in range(len(log))].index("2")
+    of_user = log.behaviors["item"][log.behavior_offsets[user] : log.behavior_offsets[user + 1]]
+    assert of_user.tolist()[:3] == [77, 78, 7]
+
+
 def test_a_trained_model_keeps_the_features_that_it_reads(log_file, tmp_path):
     prepare(log_file, "--item-feature", "brand=brand_id", "--item-feature", "author")
     (tmp_path / "run.toml").write_text(RUN)
@@ -79,3 +92,27 @@ def test_a_feature_that_the_log_has_not_is_refused_in_one_line(log_file, tmp_pat
     assert main(["train", str(tmp_path / "run.toml"), str(log), str(run), "--no-progress"]) == 2
     expected = "error: model.item_features: the log has no 'brand'; it has author\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("stderr_too", [False, True], ids=["stdout", "stdout and stderr"])
+def test_output_that_nobody_reads_ends_the_command_quietly(log_file, tmp_path, stderr_too):
+    """As of `| head`, which is gone by then: a pipe whose other end is closed."""
+    prepare(log_file, "--item-feature", "brand=brand_id", "--item-feature", "author")
+    (tmp_path / "run.toml").write_text(RUN)
+    log, run = tmp_path / "log", tmp_path / "run"
+    end, pipe = os.pipe()
+    os.close(end)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "training", "train", tmp_path / "run.toml", log, run],
+            stdout=pipe,
+            stderr=pipe if stderr_too else subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(pipe)
+    assert ended.returncode == 1
+    if not stderr_too:
+        assert "epoch 1/1" in ended.stderr
+        assert "BrokenPipe" not in ended.stderr
+        assert "Traceback" not in ended.stderr

@@ -7,6 +7,7 @@ the latency on a core that has nothing else to do, whatever it is doing beside.
 Shapes: B requests, C candidates, L history length, G time granularities.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -102,8 +103,8 @@ def scoring_s(
         return lambda: model(items_BL, buckets_BLG, candidates_BC)
 
     calls = {name: call(model.eval(), spec) for name, (model, spec) in models.items()}
-    with torch.inference_mode(), _one_thread():
-        return _in_turns(calls, rounds, time.thread_time)
+    with torch.inference_mode(), one_thread():
+        return in_turns(calls, rounds, time.thread_time)
 
 
 def costs_by_length(
@@ -118,8 +119,7 @@ def costs_by_length(
     Memory is taken in a process of its own.
     """
     encode_s = {length: _encode_s(subjects, length, device, rounds) for length in lengths}
-    os.environ.setdefault(*_QUIET)
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+    with process_of_its_own() as process:
         return {
             name: {
                 length: LengthCost(
@@ -155,9 +155,18 @@ def step_bytes(subject: Subject, history_length: int, device: torch.device) -> i
         loss(learned, model.item_table()).backward()  # type: ignore[no-untyped-call]
 
     with subject.attention():
-        if device.type == "cuda":
-            return _peak_bytes_on_gpu(step, device)
-        return _peak_bytes_on_cpu(step)
+        return peak_bytes(step, device)
+
+
+def process_of_its_own() -> ProcessPoolExecutor:
+    """Return one more process, for measurements of memory."""
+    os.environ.setdefault(*_QUIET)
+    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Return the bytes that torch holds at the peak of a step beside what it held before."""
+    return _peak_bytes_on_gpu(step, device) if device.type == "cuda" else _peak_bytes_on_cpu(step)
 
 
 def full_rows(n_rows: int, spec: FeatureSpec, batch: int) -> tuple[Tensor, Tensor]:
@@ -206,16 +215,25 @@ def _encode_s(
         return encode
 
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    with torch.inference_mode(), _one_thread():
-        return _in_turns({name: call(one) for name, one in subjects.items()}, rounds, clock)
+    with torch.inference_mode(), one_thread():
+        return in_turns({name: call(one) for name, one in subjects.items()}, rounds, clock)
 
 
-def _in_turns(
-    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+def in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float],
+    *,
+    limit_s: float = math.inf,
 ) -> dict[str, float]:
+    """Return the median seconds of each call, made once in each of `rounds` rounds after some that
+    do not count. A call that has taken `limit_s` in those that count is not made again.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(_WARM_UP_ROUNDS + rounds):
         for name, call in calls.items():
+            if sum(seconds[name]) >= limit_s:
+                continue
             started = clock()
             call()
             if number >= _WARM_UP_ROUNDS:
@@ -244,7 +262,8 @@ def _peak_bytes_on_gpu(step: Callable[[], None], device: torch.device) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, and give the others back."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,7 @@
-"""Run folders of next-item models, read back when their training is over."""
+"""Run folders, read back when their training is over."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -9,12 +9,16 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from training.checkpoint import load_model
-from training.config import NextItemModelConfig, RunConfig, parse_config
+from training.config import ClickModelConfig, NextItemModelConfig, RunConfig, parse_config
 from training.errors import CheckpointError
+from training.tasks import ClickTask
 from training.trainer import CONFIG, COST, METRICS, MODEL
 
 T = TypeVar("T")
+Kind = Literal["next-item", "click"]
 Ending = Literal["patience", "max_epochs", "max_train_s"]
+# What does not make another experiment of a run.
+_INDIFFERENT = ("name", "train.seed", "train.checkpoint_every_s")
 
 
 class Cost(BaseModel):
@@ -32,12 +36,14 @@ class Cost(BaseModel):
 class FinishedRun:
     """One finished run.
 
-    `metric`: what validation watched; `validation`: its best value. `test`: metrics of the test
-    part. `ending`: the setting that ended the training.
+    `settings`: all that make another experiment of a run, such as "train.batch_size", as JSON has
+    them. `metric`: what validation watched; `validation`: its best value. `test`: metrics of the
+    test part. `ending`: the setting that ended the training.
     """
 
     folder: Path
     config: RunConfig
+    settings: dict[str, Any]
     data_fingerprint: str
     metric: str
     validation: float
@@ -46,17 +52,21 @@ class FinishedRun:
     ending: Ending
 
 
-def read_run(folder: Path) -> FinishedRun:
-    """Read a run folder; CheckpointError names it and says what is wrong with it."""
+def read_run(folder: Path, kind: Kind) -> FinishedRun:
+    """Read the folder of a run of one kind of models; CheckpointError names it and says what is
+    wrong with it.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = _parsed(folder / CONFIG, lambda text: parse_config(json.loads(text), CONFIG))
-    if not isinstance(config.model, NextItemModelConfig):
+    if not isinstance(
+        config.model, NextItemModelConfig if kind == "next-item" else ClickModelConfig
+    ):
         raise CheckpointError(
-            f"{folder}: holds a run of {config.model.name}, expected one of a next-item model"
+            f"{folder}: holds a run of {config.model.name}, expected one of a {kind} model"
         )
     lines = _parsed(folder / METRICS, _lines)
-    metric = config.next_item.watched_metric
+    metric = config.next_item.watched_metric if kind == "next-item" else ClickTask.metric
     test = next((line for line in lines if line["part"] == "test"), None)
     if test is None:
         raise CheckpointError(f"{folder}: the run is not finished, {METRICS} has no test part")
@@ -70,6 +80,7 @@ def read_run(folder: Path) -> FinishedRun:
     return FinishedRun(
         folder=folder,
         config=config,
+        settings=_settings(config, kind),
         data_fingerprint=trained.data_fingerprint,
         metric=metric,
         validation=max(validations),
@@ -77,6 +88,20 @@ def read_run(folder: Path) -> FinishedRun:
         cost=cost,
         ending=_ending(config, validations, cost.epochs),
     )
+
+
+def _settings(config: RunConfig, kind: Kind) -> dict[str, Any]:
+    unread = {"next_item"} if kind == "click" else set()
+    flat = _flat(config.model_dump(mode="json", exclude=unread))
+    return {key: value for key, value in flat if key not in _INDIFFERENT}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _ending(config: RunConfig, validations: list[float], epochs: int) -> Ending:

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from contract.features import AGE_SECONDS, DAYS, HOURS, FeatureSpec
-from training.comparison.choice import MODELS
 from training.comparison.costs import (
     TRAINING_BATCH,
     Subject,
     costs_by_length,
     describe_machine,
     full_rows,
+    in_turns,
     scoring_s,
     step_bytes,
 )
+from training.comparison.next_item_choice import MODELS
 from training.config import parse_config
 from training.models.sasrec import SASRec
 
@@ -101,6 +102,27 @@ def test_scoring_is_timed_on_one_thread_which_is_given_back():
     assert seconds["sasrec"] > 0
     assert set(threads) == {1}
     assert torch.get_num_threads() == before
+
+
+def test_a_slow_call_is_made_less_often():
+    """Until it has taken the limit in rounds that count; three do not."""
+    now_s = 0.0
+    made: list[str] = []
+
+    def call(name: str, takes_s: float) -> None:
+        nonlocal now_s
+        now_s += takes_s
+        made.append(name)
+
+    calls = {
+        "slow": lambda: call("slow", 2.5),
+        "slowest": lambda: call("slowest", 9.0),
+        "fast": lambda: call("fast", 0.5),
+    }
+    median_s = in_turns(calls, 5, lambda: now_s, limit_s=6.0)
+    assert median_s == {"slow": 2.5, "slowest": 9.0, "fast": 0.5}
+    assert {name: made.count(name) - 3 for name in calls} == {"slow": 3, "slowest": 1, "fast": 5}
+    assert made[:6] == ["slow", "slowest", "fast"] * 2
 
 
 def test_a_machine_is_described_without_a_date():

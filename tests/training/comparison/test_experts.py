@@ -28,7 +28,7 @@ def test_every_test_user_selects_k_experts_in_each_layer(log, tmp_path, form):
     features = {"time_features": False}
     worker = Worker(device=torch.device("cpu"))
     train(pkm_act(form=form, **features), log, tmp_path / "run", worker, show_progress=False)
-    counts_YE = selections(read_run(tmp_path / "run"), log)
+    counts_YE = selections(read_run(tmp_path / "run", "next-item"), log)
 
     trained = load_model(tmp_path / "run" / MODEL)
     assert isinstance(trained.model, PkmAct)

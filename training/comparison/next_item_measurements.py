@@ -1,4 +1,4 @@
-"""What a comparison measures of finished runs, beside what their training left behind."""
+"""What a comparison of next-item models measures, beside what training left behind."""
 
 import json
 from collections import defaultdict
@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from contract.catalogue import FIRST_ROW
 from training.checkpoint import load_model
-from training.comparison.choice import BASELINE, SUBJECT, Comparison, Setup
 from training.comparison.costs import LengthCost, Subject, costs_by_length, scoring_s
 from training.comparison.experts import selections
+from training.comparison.next_item_choice import BASELINE, SUBJECT, Comparison
+from training.comparison.setups import Setup
 from training.data.log import PreparedLog
 from training.models.next_item import NextItemModel
 from training.trainer import MODEL

@@ -2,16 +2,13 @@
 and whether a difference is more than chance.
 """
 
-import json
-import statistics
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
 from training.comparison.runs import FinishedRun, read_run
+from training.comparison.setups import Setup, setups
 from training.comparison.significance import TTest, welch_t_test
 from training.config import NextItemModelConfig
 from training.data.log import PreparedLog
@@ -24,62 +21,8 @@ MODELS: tuple[str, ...] = tuple(
 )
 SUBJECT = "pkm_act"
 BASELINE = "sasrec"
-# What does not make another experiment of a run.
-_SEED = "train.seed"
-_INDIFFERENT = ("name", _SEED, "train.checkpoint_every_s")
 # What decides which targets are ranked against what.
 _RANKING = ("data.holdout_steps", "data.min_item_count", "next_item.n_ranked")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A metric over seeds; `deviation`: sample standard deviation, None of one seed."""
-
-    mean: float
-    deviation: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the spread of at least one value."""
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(mean=statistics.fmean(values), deviation=deviation)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Runs with the same settings, one a seed, in order of the seed."""
-
-    runs: tuple[FinishedRun, ...]
-
-    @property
-    def model(self) -> str:
-        """Return the model's name in a run file."""
-        return self.runs[0].config.model.name
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return all settings but seed and name, such as "train.batch_size"."""
-        flat = _flat(self.runs[0].config.model_dump(mode="json"))
-        return {key: value for key, value in flat if key not in _INDIFFERENT}
-
-    @property
-    def validation(self) -> Spread:
-        """Return what validation watched, at each run's best epoch."""
-        return Spread.of([run.validation for run in self.runs])
-
-    @property
-    def best_validation(self) -> float:
-        """Return what validation watched, of the best run: what setups compete by."""
-        return max(run.validation for run in self.runs)
-
-    def values(self, metric: str) -> list[float]:
-        """Return a test metric of each run, such as "full_ndcg10"; none where it was not taken."""
-        return [run.test[metric] for run in self.runs if metric in run.test]
-
-    def test(self, metric: str) -> Spread | None:
-        """Return a test metric over the seeds, None where it was not taken."""
-        values = self.values(metric)
-        return Spread.of(values) if values else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +51,7 @@ class Comparison:
 
     def differences(self, variant: Setup) -> dict[str, tuple[Any, Any]]:
         """Return the settings of a variant that are others in its model's main setup, and those."""
-        theirs = self.mains[variant.model].settings
-        return {
-            key: (value, theirs[key])
-            for key, value in variant.settings.items()
-            if value != theirs[key]
-        }
+        return variant.differences(self.mains[variant.model])
 
     def test_of_lead(self, metric: str) -> TTest | None:
         """Return the t-test of PKM-ACT against the best baseline in one metric of the test part.
@@ -134,20 +72,21 @@ def compare(folders: Sequence[Path], log: PreparedLog) -> Comparison:
     ConfigError for runs that cannot be compared: of another log, chosen by different metrics,
     ranked against something else, or twice the same.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, "next-item") for folder in folders]
     if not runs:
         raise ConfigError("no run to compare")
     for run in runs:
         _check(run, runs[0], log)
-    setups = _setups(runs)
-    mains = {name: setups[name][0] for name in MODELS if name in setups}
+    made = setups(runs)  # the best validation first
+    by_model = {name: [setup for setup in made if setup.model == name] for name in MODELS}
+    mains = {name: ranked[0] for name, ranked in by_model.items() if ranked}
     return Comparison(
         metric=runs[0].metric,
         protocols=tuple(
             p for p in PROTOCOLS if any(p in r.config.next_item.protocols for r in runs)
         ),
         mains=mains,
-        variants=tuple(variant for name in mains for variant in setups[name][1:]),
+        variants=tuple(variant for ranked in by_model.values() for variant in ranked[1:]),
     )
 
 
@@ -158,37 +97,9 @@ def _check(run: FinishedRun, first: FinishedRun, log: PreparedLog) -> None:
         raise ConfigError(
             f"{run.folder}: validation watched {run.metric}, in {first.folder} {first.metric}"
         )
-    mine, its = (dict(_flat(one.config.model_dump(mode="json"))) for one in (run, first))
+    mine, its = run.settings, first.settings
     for key in _RANKING:
         if mine[key] != its[key]:
             raise ConfigError(
                 f"{run.folder}: ranked with {key} = {mine[key]}, {first.folder} with {its[key]}"
             )
-
-
-def _setups(runs: Sequence[FinishedRun]) -> dict[str, list[Setup]]:
-    """Return the setups of each model, the best validation first."""
-    alike: dict[str, list[FinishedRun]] = defaultdict(list)
-    for run in runs:
-        alike[json.dumps(Setup((run,)).settings)].append(run)
-    setups: dict[str, list[Setup]] = defaultdict(list)
-    for seeds in alike.values():
-        for one, other in combinations(seeds, 2):
-            if one.config.train.seed == other.config.train.seed:
-                raise ConfigError(
-                    f"{other.folder}: has the settings and the seed of {one.folder}; "
-                    "one of them is enough"
-                )
-        setup = Setup(tuple(sorted(seeds, key=lambda run: run.config.train.seed)))
-        setups[setup.model].append(setup)
-    for ranked in setups.values():
-        ranked.sort(key=lambda setup: setup.best_validation, reverse=True)
-    return setups
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

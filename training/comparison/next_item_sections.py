@@ -1,28 +1,29 @@
-"""A comparison as sections of text, table and plot, and as named figures."""
+"""A comparison of next-item models as sections of text, table and plot, and as named figures."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
 
 import numpy as np
 
-from training.comparison import plots
-from training.comparison.choice import (
-    BASELINE,
-    METRICS,
-    SUBJECT,
-    Comparison,
-    Setup,
-    Spread,
-)
+from training.comparison import next_item_plots as plots
 from training.comparison.costs import N_CANDIDATES, TRAINING_BATCH
 from training.comparison.experts import expert_load, key_usage
-from training.comparison.measurements import ExpertUse, Measurements
-from training.comparison.published import Published
-from training.comparison.runs import Cost
+from training.comparison.next_item_choice import BASELINE, METRICS, SUBJECT, Comparison
+from training.comparison.next_item_measurements import ExpertUse, Measurements
+from training.comparison.next_item_published import Published
+from training.comparison.setups import Setup
+from training.comparison.tables import (
+    BUDGET_HEADS,
+    Section,
+    Table,
+    budget,
+    differences,
+    figure_name,
+    number,
+    spread_cell,
+    spread_figures,
+)
 from training.ranking import Protocol
 
 LABELS = {
@@ -48,26 +49,8 @@ _RIVALS: dict[Protocol, str] = {
     "user's history (as BERT4Rec does)",
     "uni100": "negatives drawn uniformly without replacement, none of the user's history",
 }
-_BUDGET_HEADS = ("epochs (best)", "training s", "device", "seeds", "ended by", "runs or source")
+_BUDGET_HEADS = (*BUDGET_HEADS, "runs or source")
 _LONGEST = 1024
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are printed."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """`svg`: a plot of the table, on pages that can show it."""
-
-    title: str
-    text: str
-    table: Table
-    svg: str | None = None
 
 
 def sections(
@@ -108,14 +91,14 @@ def figures(comparison: Comparison, measured: Measurements, data: str) -> dict[s
 def _ranking(comparison: Comparison, protocol: Protocol, published: Sequence[Published]) -> Section:
     columns = [f"{protocol}_{metric}" for metric in METRICS]
     rows = [
-        (LABELS[name], *(_spread(setup.test(column)) for column in columns), *_budget(setup))
+        (LABELS[name], *(spread_cell(setup.test(column)) for column in columns), *budget(setup))
         for name, setup in comparison.mains.items()
     ]
     others = [one for one in published if one.protocol == protocol]
     rows += [
         (
             f"{one.label} (published)",
-            *(_number(one.metrics.get(metric)) for metric in METRICS),
+            *(number(one.metrics.get(metric)) for metric in METRICS),
             *[""] * (len(_BUDGET_HEADS) - 1),
             one.source,
         )
@@ -142,10 +125,10 @@ def _variants(comparison: Comparison) -> Section:
     rows = [
         (
             LABELS[setup.model],
-            "; ".join(_differences(comparison, setup)) or "(the main setup)",
-            _spread(setup.validation),
-            *(_spread(setup.test(column)) for column in columns),
-            *_budget(setup),
+            differences(comparison.differences(setup)) or "(the main setup)",
+            spread_cell(setup.validation),
+            *(spread_cell(setup.test(column)) for column in columns),
+            *budget(setup),
         )
         for setup in _models_with_variants(comparison)
     ]
@@ -184,8 +167,8 @@ def _lead(comparison: Comparison) -> Iterator[Section]:
         rows.append(
             (
                 _head(column),
-                _spread(subject),
-                _spread(other),
+                spread_cell(subject),
+                spread_cell(other),
                 f"{test.t:.2f}",
                 f"{test.degrees:.1f}",
                 f"{test.p_value:.4f}",
@@ -217,7 +200,7 @@ def _trade_off(comparison: Comparison, measured: Measurements) -> Section:
         )
     head = _head(comparison.metric)
     rows = (
-        (point.label, _number(point.quality), f"{point.latency_ms:.2f}", f"{point.parameters:,}")
+        (point.label, number(point.quality), f"{point.latency_ms:.2f}", f"{point.parameters:,}")
         for point in points
     )
     lengths = sorted({s.settings["features.history_length"] for s in comparison.mains.values()})
@@ -252,7 +235,7 @@ def _key_usage(comparison: Comparison, experts: Sequence[ExpertUse]) -> Section:
             f"{one.n_experts:,}",
             str(one.n_retrieved),
             *(_percent(share) for share in one.usage),
-            _number(one.quality),
+            number(one.quality),
         )
         for one in retrievals
     )
@@ -322,13 +305,8 @@ def _accuracy_figures(comparison: Comparison, setup: Setup, data: str) -> dict[s
     named: dict[str, float] = {}
     for protocol in comparison.protocols:
         for metric in METRICS:
-            spread = setup.test(f"{protocol}_{metric}")
-            if spread is None:
-                continue
             name = f"{data}_{protocol}_{_figure_name(comparison, setup)}_{metric}"
-            named[name] = spread.mean
-            if spread.deviation is not None:
-                named[f"{name}_sd"] = spread.deviation
+            named |= spread_figures(name, setup.test(f"{protocol}_{metric}"))
     return named
 
 
@@ -349,51 +327,7 @@ def _length_figures(measured: Measurements) -> dict[str, float]:
 
 
 def _figure_name(comparison: Comparison, setup: Setup) -> str:
-    """Return "sasrec", or of a variant "sasrec_norm_post"."""
-    words = [setup.model]
-    for key, (value, _) in comparison.differences(setup).items():
-        words += [key.rpartition(".")[2], _said(value)]
-    return re.sub(r"[^a-z0-9]+", "_", "_".join(words).lower()).strip("_")
-
-
-def _differences(comparison: Comparison, setup: Setup) -> list[str]:
-    return [
-        f"{key} = {_said(value)}, not {_said(main)}"
-        for key, (value, main) in comparison.differences(setup).items()
-    ]
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, list):
-        return " + ".join(one["name"] if isinstance(one, dict) else str(one) for one in value)
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _budget(setup: Setup) -> tuple[str, ...]:
-    """Return the cells under `_BUDGET_HEADS`."""
-    costs = [run.cost for run in setup.runs]
-    endings = [
-        "patience"
-        if run.ending == "patience"
-        else f"shortened: {run.ending} = {getattr(run.config.train, run.ending):g}"
-        for run in setup.runs
-    ]
-    return (
-        ", ".join(f"{cost.epochs} ({cost.best_epoch + 1})" for cost in costs),
-        ", ".join(f"{cost.trained_s:,.0f}" for cost in costs),
-        _different(map(_device, costs)),
-        ", ".join(str(run.config.train.seed) for run in setup.runs),
-        _different(endings),
-        ", ".join(run.folder.name for run in setup.runs),
-    )
-
-
-def _device(cost: Cost) -> str:
-    return f"{cost.device}, {cost.threads} thread{'s' if cost.threads > 1 else ''}"
-
-
-def _different(words: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(words))
+    return figure_name(setup.model, comparison.differences(setup))
 
 
 def _usage(use: ExpertUse) -> tuple[float, ...]:
@@ -410,16 +344,6 @@ def _head(metric: str) -> str:
     protocol, _, name = metric.rpartition("_")
     head = re.sub(r"(\d+)$", r"@\1", name).upper()
     return f"{protocol} {head}".strip()
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None or spread.deviation is None:
-        return _number(None if spread is None else spread.mean)
-    return f"{spread.mean:.4f} ± {spread.deviation:.4f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _percent(share: float) -> str:
