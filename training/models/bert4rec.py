@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from contract.features import FeatureSpec
 from training.models.attention import TransformerBlock, attention_bias
-from training.models.encoder import ItemEncoder, embedding_table
+from training.models.encoder import EMBEDDING_STD, ItemEncoder, embedding_table
 from training.models.next_item import (
-    EMBEDDING_STD,
     NO_TARGET,
     NextItemModel,
     valid_positions,

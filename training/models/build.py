@@ -33,7 +33,7 @@ from training.errors import ConfigError
 from training.models.bert4rec import BERT4Rec
 from training.models.dien import DIEN
 from training.models.din import DIN
-from training.models.encoder import ItemEncoder
+from training.models.encoder import EMBEDDING_STD, ItemEncoder
 from training.models.fpmc import FPMC
 from training.models.gru4rec import GRU4Rec
 from training.models.hstu import HSTU
@@ -41,7 +41,7 @@ from training.models.imn import IterativeMemoryNetwork
 from training.models.item_codes import ItemCodes
 from training.models.linrec import LinRec
 from training.models.mimn import MIMN
-from training.models.next_item import EMBEDDING_STD, NextItemModel
+from training.models.next_item import NextItemModel
 from training.models.pkm_act import PkmAct
 from training.models.popularity import Popularity
 from training.models.sasrec import SASRec

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from contract.catalogue import FIRST_ROW, PADDING_ROW
 from contract.features import FeatureSpec
 
+# Of embeddings that start small: of times and positions, and of the items of next-item models, whose
+# target is found by the direction of its vector; short ones turn quickly.
+EMBEDDING_STD = 0.02
+
 
 class _ItemFeature(nn.Module):
     """One embedding for each value of a feature of items, exactly 0 for items without a value."""
@@ -79,18 +83,20 @@ class HistoryEncoder(nn.Module):
     """e_j = item + time buckets + position of behavior j, exactly 0 for padding (IMN, section 3.1).
 
     The items' table belongs to the caller, which embeds the candidates with it too. Granularities
-    on a linear scale have no table and are not looked at. `std`: as in ItemEncoder.
+    on a linear scale have no table and are not looked at.
     """
 
-    def __init__(self, spec: FeatureSpec, embedding_dim: int, *, std: float | None = None) -> None:
+    def __init__(self, spec: FeatureSpec, embedding_dim: int) -> None:
         super().__init__()
         self.history_length = spec.history_length
         # Rows oldest first: a shorter history takes the last ones, so that a behavior keeps its
         # position however long the row is that it stands in.
-        self.positions = embedding_table(spec.history_length, embedding_dim, std=std)
+        # Small: behaviors of about one age share their time's embedding, which would be most of
+        # what a sum over them holds, and tells nobody apart.
+        self.positions = embedding_table(spec.history_length, embedding_dim, std=EMBEDDING_STD)
         self.scales = [g for g, one in enumerate(spec.granularities) if one.scale == "doubling"]
         self.buckets = nn.ModuleList(
-            embedding_table(spec.granularities[g].n_buckets, embedding_dim, std=std)
+            embedding_table(spec.granularities[g].n_buckets, embedding_dim, std=EMBEDDING_STD)
             for g in self.scales
         )
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from contract.features import FeatureSpec
 from training.models.attention import FeedForward
-from training.models.encoder import ItemEncoder, embedding_table
-from training.models.next_item import EMBEDDING_STD, NextItemModel, valid_positions
+from training.models.encoder import EMBEDDING_STD, ItemEncoder, embedding_table
+from training.models.next_item import NextItemModel, valid_positions
 
 # Prefix sums cost L * (S + E^2 / S) numbers a head: the least near S = E.
 _CHUNK = 32

@@ -17,9 +17,6 @@ from training.models.encoder import ItemEncoder
 
 UNKNOWN_USER = 0
 NO_TARGET = PADDING_ROW
-# Of what tokens are made of, before training. A target is found by the direction of its vector,
-# and short vectors turn quickly.
-EMBEDDING_STD = 0.02
 
 
 class NextItemModel(nn.Module, ABC):

@@ -18,9 +18,13 @@ from contract.features import AGE_SECONDS, MAX_ELAPSED_UNITS, FeatureSpec
 from training.errors import ConfigError
 from training.models.attention import FeedForward, MultiHeadAttention, attention_bias
 from training.models.chunks import in_chunks, one_chunk_later
-from training.models.encoder import HistoryEncoder, ItemEncoder, embedding_table
-from training.models.next_item import (
+from training.models.encoder import (
     EMBEDDING_STD,
+    HistoryEncoder,
+    ItemEncoder,
+    embedding_table,
+)
+from training.models.next_item import (
     AgeInput,
     NextItemModel,
     doubling_buckets,
@@ -189,7 +193,7 @@ class RowTokens(nn.Module):
                 "features.granularities: time_features needs one with scale = 'doubling', "
                 f"got {[one.name for one in spec.granularities]}"
             )
-        self.history = HistoryEncoder(spec, width, std=EMBEDDING_STD)
+        self.history = HistoryEncoder(spec, width)
 
     def forward(
         self, items: ItemEncoder, history_items_BL: Tensor, history_buckets_BLG: Tensor

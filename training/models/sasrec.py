@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from contract.features import FeatureSpec
 from training.models.attention import MASKED, Norm, TransformerBlock, attention_bias
-from training.models.encoder import ItemEncoder, embedding_table
-from training.models.next_item import EMBEDDING_STD, NextItemModel, valid_positions
+from training.models.encoder import EMBEDDING_STD, ItemEncoder, embedding_table
+from training.models.next_item import NextItemModel, valid_positions
 
 Positions = Literal["row", "relative"]
 

@@ -92,3 +92,12 @@ class TestFeatures:
 def test_every_granularity_has_a_table_of_its_own():
     encoder = HistoryEncoder(FeatureSpec(), 4)
     assert [table.num_embeddings for table in encoder.buckets] == [22, 17]
+
+
+def test_times_and_positions_start_small_beside_items():
+    """What behaviors of one age share must not drown what they are."""
+    torch.manual_seed(0)
+    items, encoder = ItemEncoder(1000, 32), HistoryEncoder(SPEC, 32)
+    shared = [encoder.positions, *encoder.buckets]
+    largest = max(table.weight.norm(dim=1).max().item() for table in shared)
+    assert items.items.weight[2:].norm(dim=1).min().item() > 2 * largest
