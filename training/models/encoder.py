@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from contract.catalogue import FIRST_ROW, PADDING_ROW
 from contract.features import FeatureSpec
 
-# Of embeddings that start small: of times and positions, and of the items of next-item models, whose
-# target is found by the direction of its vector; short ones turn quickly.
+# Of embeddings that start small: of times and positions, and of the items of next-item models,
+# whose target is found by the direction of its vector; short ones turn quickly.
 EMBEDDING_STD = 0.02
 
 
@@ -90,9 +90,9 @@ class HistoryEncoder(nn.Module):
         super().__init__()
         self.history_length = spec.history_length
         # Rows oldest first: a shorter history takes the last ones, so that a behavior keeps its
-        # position however long the row is that it stands in.
-        # Small: behaviors of about one age share their time's embedding, which would be most of
-        # what a sum over them holds, and tells nobody apart.
+        # position however long the row is that it stands in. Positions and times start small:
+        # behaviors of about one age share their time's embedding, which would be most of what a
+        # sum over them holds, and tells nobody apart.
         self.positions = embedding_table(spec.history_length, embedding_dim, std=EMBEDDING_STD)
         self.scales = [g for g, one in enumerate(spec.granularities) if one.scale == "doubling"]
         self.buckets = nn.ModuleList(
