@@ -76,8 +76,9 @@ def cost_subjects(data_sets: Sequence[DataSet]) -> dict[str, ClickSubject]:
 
 
 def _attention(data: DataSet, device: torch.device) -> Attention | None:
-    # Memory enhancement comes after the passes.
+    # Memory enhancement comes after the passes, so it is looked at only where nothing else is.
     walkers = [model for model in data.mains if re.fullmatch(r"imn_\d+p", model)]
+    walkers = walkers or [model for model in data.mains if re.fullmatch(r"imn_\d+p_plus", model)]
     if not walkers:
         return None
     walker = _SHOWN if _SHOWN in walkers else walkers[-1]

@@ -56,6 +56,14 @@ def test_of_other_iterations_the_most_are_shown(tmp_path, log):
     assert attention.walker == "imn_2p"
 
 
+def test_memory_enhancement_is_looked_at_where_there_is_nothing_else(tmp_path, log):
+    write_run(tmp_path / "plus", log, {**IMN, "iterations": 2, "enhancement_steps": 3})
+    data_sets = compare_clicks([tmp_path / "plus"], {"world": log})
+    attention = measure_clicks(data_sets, costs=False, device=CPU).attention["world"]
+    assert attention.walker == "imn_2p_plus"
+    assert [len(by_pass) for by_pass in attention.entropies.values()] == [2]
+
+
 def test_costs_are_of_what_the_paper_measures_over_the_smallest_catalogue(tmp_path, log, plain_log):
     write_run(tmp_path / "a", log, DIN, learning_rate=0.5)
     write_run(tmp_path / "b", log, {**IMN, "iterations": 5})
