@@ -50,7 +50,7 @@ ABLATIONS = (
     "model.segment=20",
 )
 _DEPTHS = (1, 4, 5, 6)
-_LENGTHS = (50, 200, 500, 1000)
+_LENGTHS = {"kuairand": (25, 50), "books": (50, 200, 500, 1000)}
 WORLD = WorldSettings(
     users=30_000,
     items=400,
@@ -108,7 +108,7 @@ COMMON: dict[str, tuple[str, ...]] = {
         "train.max_epochs=40",
     ),
 }
-_LIMITS_S = {"kuairand": 240, "books": 360, "ml1m": 300, "world": 800}
+_LIMITS_S = {"kuairand": 240, "books": 600, "ml1m": 300, "world": 1300}
 
 
 def main() -> None:
@@ -150,9 +150,9 @@ def experiments(data: str, *, full: bool) -> Iterator[Experiment]:
     if data == "kuairand":
         for model in ("youtube-dnn", "imn-3p"):
             yield one(model, 'model.item_features=["category"]')
-    if data == "books":
-        for model in ("youtube-dnn", "din", "imn-3p") if full else ("youtube-dnn", "imn-3p"):
-            for length in _LENGTHS:
+    if data == "kuairand" or full:
+        for length in _LENGTHS.get(data, ()):
+            for model in ("youtube-dnn", "din", "imn-3p"):
                 yield one(model, f"features.history_length={length}")
 
 
