@@ -100,5 +100,6 @@ def number(value: float | None) -> str:
 def said(value: Any) -> str:
     """Return the value of a setting as it is printed."""
     if isinstance(value, list):
-        return " + ".join(one["name"] if isinstance(one, dict) else str(one) for one in value)
+        names = [one["name"] if isinstance(one, dict) else str(one) for one in value]
+        return " + ".join(names) or "none"
     return value if isinstance(value, str) else json.dumps(value)

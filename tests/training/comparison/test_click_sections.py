@@ -148,6 +148,7 @@ class TestVariants:
             ("DIN", "none", "0.7000", ""),
             ("DIN", "brand", "0.7500", "+0.0500"),
         ]
+        assert parts(section, "differs in")[1] == ("model.item_features = brand, not none",)
 
     def test_what_differs_in_anything_else_is_named(self, tmp_path, log):
         write_run(tmp_path / "a", log, valid=0.7)
