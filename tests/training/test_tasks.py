@@ -350,12 +350,13 @@ def click_task(log: PreparedLog, **settings: Any) -> ClickTask:
 class Knows(nn.Module):
     """A click model with the logit of a known rate for all items, but a little for each row."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, per_row: float = 1e-3) -> None:
         super().__init__()
         self.logit = math.log(rate / (1 - rate))
+        self.per_row = per_row
 
     def forward(self, _items, _buckets, candidates):
-        return self.logit + 1e-3 * candidates.float()
+        return self.logit + self.per_row * candidates.float()
 
 
 class Indifferent(nn.Module):
@@ -369,8 +370,9 @@ class TestCalibration:
     @pytest.mark.parametrize("method", ["platt", "isotonic"])
     def test_is_that_of_the_validation_part(self, log, method):
         task = click_task(log, calibration=method)
-        found = task.calibrate(task.model, CPU)
-        valid = evaluate(task.model, "affinity", task.data.loaders[Part.VALID], CPU)
+        model = Knows(0.3, per_row=-1e-3)  # in this log the first rows are clicked more often
+        found = task.calibrate(model, CPU)
+        valid = evaluate(model, "affinity", task.data.loaders[Part.VALID], CPU)
         expected = fit(method, valid.labels, valid.scores)
         assert found is not None
         assert found.as_fields() == expected.as_fields()
