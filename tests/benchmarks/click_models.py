@@ -62,38 +62,6 @@ WORLD = WorldSettings(
 )
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One run: of which data, from which run file, with which settings replaced.
-
-    `limit_s`: of training, unless it is to be full.
-    """
-
-    data: str
-    model: str
-    settings: tuple[str, ...]
-    limit_s: int
-
-    def name(self, seed: int) -> str:
-        """Return "books-din", with the settings that are no other run's of the same data."""
-        words = [f"{self.data}-{self.model}"]
-        common = COMMON[self.data]
-        words += [
-            one.rpartition(".")[2].replace("=", "-") for one in self.settings if one not in common
-        ]
-        if seed != 1:
-            words.append(f"seed-{seed}")
-        return "-".join(words).replace('["', "").replace('"]', "")
-
-    def config(self, seed: int, *, full: bool) -> RunConfig:
-        """Return the settings of the run."""
-        limit = () if full else (f"train.max_train_s={self.limit_s}",)
-        return load_config(
-            NAMED_RUNS / f"click-{self.model}.toml",
-            (*self.settings, *limit, f"train.seed={seed}"),
-        )
-
-
 # Settings that all runs of a data set share, chosen by validation.
 COMMON: dict[str, tuple[str, ...]] = {
     "kuairand": (),
@@ -109,6 +77,29 @@ COMMON: dict[str, tuple[str, ...]] = {
     ),
 }
 _LIMITS_S = {"kuairand": 240, "books": 600, "ml1m": 300, "world": 1300}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: of which data, from which run file, with which settings beside COMMON's."""
+
+    data: str
+    model: str
+    varied: tuple[str, ...]
+
+    def name(self, seed: int) -> str:
+        """Return "books-din", with what is varied, and the seed unless it is 1."""
+        words = [one.rpartition(".")[2].replace("=", "-") for one in self.varied]
+        words = [f"{self.data}-{self.model}", *words, *([f"seed-{seed}"] if seed != 1 else [])]
+        return "-".join(words).replace('["', "").replace('"]', "")
+
+    def config(self, seed: int, *, full: bool) -> RunConfig:
+        """Return the settings of the run; a `full` one has no limit of time."""
+        limit = () if full else (f"train.max_train_s={_LIMITS_S[self.data]}",)
+        return load_config(
+            NAMED_RUNS / f"click-{self.model}.toml",
+            (*COMMON[self.data], *self.varied, *limit, f"train.seed={seed}"),
+        )
 
 
 def main() -> None:
@@ -136,8 +127,8 @@ def main() -> None:
 def experiments(data: str, *, full: bool) -> Iterator[Experiment]:
     """Yield the runs on one data set."""
 
-    def one(model: str, *settings: str) -> Experiment:
-        return Experiment(data, model, (*COMMON[data], *settings), _LIMITS_S[data])
+    def one(model: str, *varied: str) -> Experiment:
+        return Experiment(data, model, varied)
 
     for model in MODELS:
         if data != "world" or full or model in _FAST_MODELS:
