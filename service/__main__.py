@@ -1,10 +1,11 @@
-"""`python -m service` serves a bundle, `... backfill` loads histories, `... profile` measures."""
+"""`python -m service` serves, `... backfill` loads histories, `... profile` measures."""
 
 import argparse
 import asyncio
 import json
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +21,10 @@ from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
 from service.errors import ServiceError
+from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
 from service.metrics import FOLDER_VARIABLE
-from service.model import OnnxModel
+from service.model import Model, OnnxModel
 from service.profile import ShapeProfile, profile, shapes_of
 from service.settings import (
     Settings,
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["profile"]:
             return _profile(arguments[1:])
         return _serve(arguments)
-    except (ContractError, SettingsError, ServiceError) as error:
+    except (ContractError, ExperimentError, SettingsError, ServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -58,13 +60,18 @@ def _serve(arguments: list[str]) -> int:
         raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
-    model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
-    version = model.manifest.model_version
-    print(f"serving {version} at http://{settings.host}:{settings.port}", flush=True)
+    bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
+    opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
+    versions = ", ".join(model.manifest.model_version for model in opened.values())
+    print(f"serving {versions} at http://{settings.host}:{settings.port}", flush=True)
     if settings.workers == 1:
-        _listen(settings, create_app(settings, model))
+
+        def open_model(bundle: Path) -> Model:
+            return opened.pop(bundle, None) or _open_model(settings, bundle)
+
+        _listen(settings, create_app(settings, open_model))
         return 0
-    del model
+    opened.clear()
     with TemporaryDirectory(prefix="mneme-metrics-") as folder:
         # Workers are new processes: they read all of it when they begin.
         os.environ.update(write_settings(settings))
@@ -76,8 +83,18 @@ def _serve(arguments: list[str]) -> int:
 def worker_app() -> FastAPI:
     """Return the application of one of several workers, by the settings in the environment."""
     settings = read_settings({})
-    model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
-    return create_app(settings, model)
+    return create_app(settings, partial(_open_model, settings))
+
+
+def _experiment(settings: Settings) -> Experiment:
+    if settings.bundle is not None:
+        return Experiment.of_bundle(settings.bundle)
+    assert settings.experiments is not None, "the settings name one or the other"
+    return read_experiment(settings.experiments)
+
+
+def _open_model(settings: Settings, bundle: Path) -> Model:
+    return OnnxModel(bundle, provider=settings.provider, threads=settings.threads)
 
 
 def _listen(settings: Settings, app: FastAPI | str) -> None:
@@ -102,11 +119,14 @@ def _backfill(arguments: list[str]) -> int:
         prog="python -m service backfill", description=backfill.__doc__
     )
     parser.add_argument("log", type=Path, help="a prepared log")
-    add_flags(parser, ["bundle", "redis_url", "key_prefix"])
+    add_flags(parser, ["bundle", "experiments", "redis_url", "key_prefix"])
     flags = vars(parser.parse_args(arguments))
     log = HistoryLog(flags.pop("log"))
     settings: Settings = read_settings(flags)
-    keep = read_manifest(settings.bundle).features.history_length
+    arms = _experiment(settings).arms.values()
+    keep = max(
+        arm.history_length or read_manifest(arm.bundle).features.history_length for arm in arms
+    )
     with (
         Redis.from_url(settings.redis_url, socket_timeout=_BACKFILL_TIMEOUT_S) as redis,
         tqdm(total=len(log), desc="backfill", unit=" users") as bar,
@@ -139,7 +159,9 @@ def _profile(arguments: list[str]) -> int:
     shapes = shapes_of(*(options.pop(axis) for axis in ("batches", "candidates", "lengths")))
     users, seconds = options.pop("users"), options.pop("seconds")
     settings: Settings = read_settings(options)
-    model = OnnxModel(settings.bundle, provider=settings.provider, threads=settings.threads)
+    if settings.bundle is None:
+        raise SettingsError("profile measures one model: name its --bundle")
+    model = _open_model(settings, settings.bundle)
 
     async def measure() -> list[ShapeProfile]:
         store = HistoryStore(

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from contract.records import encode_records
+from service.arms import Arm
 from service.errors import (
     BodyTooLargeError,
     CorruptHistoryError,
@@ -20,6 +21,7 @@ from service.errors import (
     NotRecommendableError,
     OverloadedError,
 )
+from service.experiment import Experiment
 from service.problems import responses
 from service.recommender import RecommendRequest
 from service.schemas import (
@@ -27,6 +29,7 @@ from service.schemas import (
     EventBatch,
     EventsAnswer,
     EventsBody,
+    ExperimentInfo,
     ModelInfo,
     Models,
     RecommendAnswer,
@@ -34,7 +37,7 @@ from service.schemas import (
     ScoreAnswer,
     ScoreBody,
 )
-from service.wiring import USABLE_SHARE, Services
+from service.wiring import ARM, USABLE_SHARE, Services
 
 router = APIRouter()
 
@@ -105,12 +108,15 @@ async def recommend(
     """
     services = _services(request)
     started = time.perf_counter()
-    settings, manifest = services.settings, services.model.manifest
+    settings = services.settings
+    arm = services.arms.arm_for(body.user_id, body.arm)
+    request.scope[ARM] = arm
+    manifest = arm.model.manifest
     if manifest.score_kind == "affinity" and body.k > manifest.n_items:
         message = f"Input should be at most {manifest.n_items}, the items of the catalogue"
         raise RequestValidationError([{"type": "less_than_equal", "loc": ("k",), "msg": message}])
     deadline_s = settings.recommend_deadline_s if x_deadline_ms is None else x_deadline_ms / 1000
-    found = await services.recommender.recommend(
+    found = await arm.recommender.recommend(
         RecommendRequest(
             user_id=body.user_id,
             k=body.k,
@@ -124,6 +130,7 @@ async def recommend(
         {
             "item_ids": found.item_ids,
             "scores": found.scores,
+            "arm": arm.name,
             "model": manifest.model_name,
             "version": manifest.model_version,
             "history_length": found.history_length,
@@ -133,9 +140,9 @@ async def recommend(
     )
     seconds = {**found.seconds, "total": time.perf_counter() - started}
     for stage, taken_s in seconds.items():
-        services.metrics.recommend_seconds.labels(stage).observe(taken_s)
-    services.metrics.history_behaviors.observe(found.history_length)
-    services.metrics.degraded.inc(found.degraded)
+        arm.metrics.observe_recommend_stage(stage, taken_s)
+    arm.metrics.history_behaviors.observe(found.history_length)
+    arm.metrics.degraded.inc(found.degraded)
     timing = ", ".join(f"{stage};dur={1000 * s:.3f}" for stage, s in seconds.items())
     return Response(content, media_type="application/json", headers={"Server-Timing": timing})
 
@@ -183,28 +190,45 @@ async def events(body: EventsBody, request: Request) -> EventsAnswer:
     services.metrics.events.labels("appended").inc(appended)
     services.metrics.events.labels("duplicate").inc(len(posted) - lost - appended)
     services.metrics.events.labels("refused").inc(lost)
-    services.metrics.corrupt_histories.inc(len(broken))
+    services.metrics.corrupt_appends.inc(len(broken))
     if broken:
         raise broken[0]
     return EventsAnswer(appended=appended, duplicates=len(posted) - appended)
 
 
+def _described(arm: Arm, experiment: Experiment) -> ModelInfo:
+    manifest, chosen = arm.model.manifest, experiment.arms[arm.name]
+    return ModelInfo(
+        arm=arm.name,
+        share=chosen.share,
+        shadow=chosen.shadow,
+        model=manifest.model_name,
+        version=manifest.model_version,
+        score_kind=manifest.score_kind,
+        history_length=arm.history_length,
+        items=manifest.n_items,
+        calibration=manifest.calibration,
+        metrics=manifest.metrics,
+    )
+
+
 @router.get("/models", summary="What is served")
 async def models(request: Request) -> Models:
-    """Return name, version, calibration and test metrics of each model."""
-    manifest = _services(request).model.manifest
-    return Models(
-        models=[
-            ModelInfo(
-                model=manifest.model_name,
-                version=manifest.model_version,
-                score_kind=manifest.score_kind,
-                history_length=manifest.features.history_length,
-                items=manifest.n_items,
-                calibration=manifest.calibration,
-                metrics=manifest.metrics,
-            )
-        ]
+    """Return share, model, version, calibration and test metrics of each arm."""
+    arms = _services(request).arms
+    return Models(models=[_described(arm, arms.experiment) for arm in arms])
+
+
+@router.get("/experiments", summary="Who is answered by what")
+async def experiments(request: Request) -> ExperimentInfo:
+    """Return the experiment that is applied, and why the file is not where it was refused."""
+    services = _services(request)
+    experiment = services.arms.experiment
+    return ExperimentInfo(
+        salt=experiment.salt,
+        shares={name: arm.share for name, arm in experiment.arms.items() if not arm.shadow},
+        shadows={name: arm.share for name, arm in experiment.arms.items() if arm.shadow},
+        refused=None if services.watch is None else services.watch.refused,
     )
 
 

@@ -1,8 +1,9 @@
 """The ASGI application."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,20 +16,31 @@ from service.history import HistoryStore
 from service.model import Model
 from service.score_endpoint import score_endpoint
 from service.settings import Settings
-from service.wiring import running
+from service.wiring import ARM, running
 
 _log = logging.getLogger(__name__)
 _ROUTES = frozenset(
-    {"/score", "/recommend", "/events", "/models", "/healthz", "/readyz", "/metrics"}
+    {
+        *("/score", "/recommend", "/events", "/models", "/experiments"),
+        *("/healthz", "/readyz", "/metrics"),
+    }
 )
 
 
-def create_app(settings: Settings, model: Model, *, history: HistoryStore | None = None) -> FastAPI:
-    """Return the application that serves `model`; `history` replaces the store of the settings."""
+def create_app(
+    settings: Settings,
+    open_model: Callable[[Path], Model],
+    *,
+    history: HistoryStore | None = None,
+) -> FastAPI:
+    """Return the application that serves what the settings name.
+
+    `open_model`: loads a bundle. `history`: replaces the store of the settings.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, model, history=history) as services:
+        async with running(settings, open_model, history=history) as services:
             app.state.services = services
             yield
 
@@ -68,7 +80,8 @@ class _JsonBody:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = [(k, v) for k, v in scope["headers"] if k != b"content-type"]
-            scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+            # In place: what a route leaves in the scope is read outside.
+            scope["headers"] = [*headers, (b"content-type", b"application/json")]
         await self._app(scope, receive, send)
 
 
@@ -90,7 +103,13 @@ class _AlwaysAnswer:
             if message["type"] == "http.response.start":
                 # Paths come from outside: only known ones may become label values.
                 route = scope["path"] if scope["path"] in _ROUTES else "other"
-                scope["app"].state.services.metrics.count_answer(route, message["status"])
+                arm = scope.get(ARM)
+                scope["app"].state.services.metrics.count_answer(
+                    route,
+                    message["status"],
+                    arm=arm.name if arm else "",
+                    version=arm.metrics.version if arm else "",
+                )
                 started = True
             await send(message)
 

@@ -6,7 +6,7 @@ Two stages, each of which takes what is there as soon as it is free, without a t
 
 While the device runs one batch, the next one is being prepared; what is ready waits for the device
 and grows into a larger batch. Batches are measured in work, and so is the queue. Between two
-batches the device may be lent to something else.
+batches the device may be lent to something else, and it may be shared with other batchers.
 """
 
 import asyncio
@@ -25,8 +25,9 @@ from service.errors import (
     OverloadedError,
     ServiceError,
 )
-from service.metrics import Metrics
+from service.metrics import ArmMetrics
 from service.shapes import ShapeGrid
+from service.turns import Seat
 
 RequestT = TypeVar("RequestT")
 PreparedT = TypeVar("PreparedT")
@@ -84,6 +85,7 @@ class _Line(Generic[RequestT, PreparedT, AnswerT]):
 class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     """The way of requests to one device.
 
+    `seat`: its place at the device.
     `prepare`, `run`: take a batch, one batch at a time each, and give as many results in the same
     order; an error they raise answers the whole batch.
     `size`, `prepared_size`: candidates and history length, before and after preparation.
@@ -98,6 +100,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     def __init__(
         self,
         *,
+        seat: Seat,
         prepare: Callable[[Sequence[RequestT]], Awaitable[Sequence[PreparedT | ServiceError]]],
         run: Callable[[Sequence[PreparedT]], Awaitable[Sequence[AnswerT | ServiceError]]],
         size: Callable[[RequestT], Size],
@@ -108,8 +111,9 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         margin_s: float,
         max_batch_work: int,
         max_queue_work: int,
-        metrics: Metrics,
+        metrics: ArmMetrics,
     ) -> None:
+        self._seat = seat
         self._prepare = prepare
         self._run = run
         self._size = size
@@ -123,17 +127,20 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._queue: _Line[RequestT, PreparedT, AnswerT] = _Line()
         self._ready: _Line[RequestT, PreparedT, AnswerT] = _Line()
         self._device_took = asyncio.Event()
-        # First come, first served: turns of a batch and of a borrower alternate.
-        self._device = asyncio.Lock()
         self._awaited_turns_s = 0.0
         self._n_inside = 0
         self._preparing_work = 0
         self._n_preparing = 0
         self._preparation_s = 0.0
-        self._busy_until = 0.0
         self._margin = Margin(late_share=_LATE_SHARE, largest_s=margin_s)
         self._workers: list[asyncio.Task[None]] = []
-        metrics.before_scrape(self._count_waiting)
+        seat.waiting_s = self._waiting_s
+        self._end_counting = metrics.before_scrape(self._count_waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has been answered."""
+        return not self._n_inside
 
     def start(self) -> None:
         """Begin to take requests, within the running event loop."""
@@ -143,13 +150,16 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         ]
 
     async def stop(self) -> None:
-        """End the workers; requests that wait are cancelled."""
+        """End the workers and leave the device; requests that wait are cancelled."""
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
         for line in (self._queue, self._ready):
             while line.pending:
                 line.take().answer.cancel()
+        self._count_waiting()
+        self._end_counting()
+        self._seat.leave()
 
     def submit(
         self, request: RequestT, *, deadline: float, has_left: Callable[[], bool] = _stays
@@ -192,15 +202,14 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         """
         self._awaited_turns_s += expected_s
         try:
-            await self._device.acquire()
+            await self._seat.acquire()
         finally:
             self._awaited_turns_s -= expected_s
-        self._busy_until = time.perf_counter() + expected_s
+        self._seat.expect(expected_s)
         try:
             yield
         finally:
-            self._busy_until = 0.0
-            self._device.release()
+            self._seat.release()
 
     def _left(self, pending: _Pending[RequestT, PreparedT, AnswerT]) -> None:
         self._n_inside -= 1
@@ -212,20 +221,20 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     def _predicted_end(self, work: int, now: float) -> float:
         waiting = self._waiting_work() + work
         n_batches = min(self._n_inside + 1, ceil(waiting / max(1.0, self._batch_limit())))
-        free = max(now, self._busy_until) + self._awaited_turns_s
-        begins = max(now + self._preparation_s, free)
-        return begins + self._cost.predict(waiting, batches=n_batches)
+        own_s = self._cost.predict(waiting, batches=n_batches)
+        free = self._seat.free_at(now, own_s) + self._awaited_turns_s
+        return max(now + self._preparation_s, free) + own_s
 
     def _refuse_what_cannot_be_met(self, work: int, now: float, deadline: float) -> None:
         waiting = self._waiting_work()
         if waiting and waiting + work > self._max_queue_work:
-            self._metrics.dropped.labels("overloaded").inc()
+            self._metrics.count_dropped("overloaded")
             raise OverloadedError(
                 f"{waiting:,} units of work are waiting, {self._max_queue_work:,} may wait"
             )
         predicted_end = self._predicted_end(work, now)
         if predicted_end + self._margin.value_s > deadline:
-            self._metrics.dropped.labels("hopeless").inc()
+            self._metrics.count_dropped("hopeless")
             taken_s = predicted_end + self._margin.value_s - now
             raise OverloadedError(
                 f"the answer would take up to {1000 * taken_s:.1f} ms, the deadline is in "
@@ -234,6 +243,10 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
 
     def _waiting_work(self) -> int:
         return self._queue.work + self._preparing_work + self._ready.work
+
+    def _waiting_s(self) -> float:
+        waiting = self._waiting_work()
+        return self._awaited_turns_s + (self._cost.predict(waiting) if waiting else 0.0)
 
     def _count_waiting(self) -> None:
         self._metrics.queued_work.set(self._waiting_work())
@@ -267,13 +280,12 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             while self._ready.pending:
                 # Before the batch is taken: it grows while the device is lent, and what has
                 # become hopeless by then is dropped.
-                async with self._device:
+                async with self._seat:
                     batch = self._take_from_ready()
                     self._device_took.set()
                     self._count_waiting()
                     if batch:
                         await self._run_batch(batch)
-                    self._busy_until = 0.0
 
     def _take_from_queue(self) -> list[_Pending[RequestT, PreparedT, AnswerT]]:
         batch: list[_Pending[RequestT, PreparedT, AnswerT]] = []
@@ -312,19 +324,19 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
                 batch.append(pending)
                 (candidates, length), work = wider, larger
                 earliest = min(earliest, pending.deadline)
-        self._busy_until = now + self._cost.predict(work)
+        self._seat.expect(self._cost.predict(work))
         return batch
 
     def _is_wanted(
         self, pending: _Pending[RequestT, PreparedT, AnswerT], answered_by: float
     ) -> bool:
         if pending.answer.done() or self._has_left(pending):
-            self._metrics.dropped.labels("client left").inc()
+            self._metrics.count_dropped("client left")
             if not pending.answer.done():
                 pending.answer.set_exception(ClientLeft())
             return False
         if answered_by > pending.deadline:
-            self._metrics.dropped.labels("deadline").inc()
+            self._metrics.count_dropped("deadline")
             waited_ms = 1000 * (time.perf_counter() - pending.entered)
             pending.answer.set_exception(
                 DeadlineExceededError(

@@ -28,6 +28,14 @@ class InvalidRequestError(ServiceError):
     title = "The request is not valid"
 
 
+class UnknownArmError(ServiceError):
+    """The request names an arm that the experiment does not have."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    problem = "unknown-arm"
+    title = "There is no such arm"
+
+
 class BodyTooLargeError(ServiceError):
     """The body has more bytes than the service reads."""
 

@@ -65,6 +65,10 @@ class HistoryStore:
         self._keep = keep
         self._append = redis.register_script(_APPEND)
 
+    def keep_at_least(self, behaviors: int) -> None:
+        """Keep so many of a user from now on, unless more are kept already."""
+        self._keep = max(self._keep, behaviors)
+
     @property
     def longest(self) -> int:
         """Behaviors of the longest value that `append` leaves behind."""

@@ -45,6 +45,10 @@ _BATCH_EDGES = tuple(2**k for k in range(11))
 _LENGTH_EDGES = (0, 1, 10, 30, 100, 300, 999, 1000)
 
 
+# Every metric of scoring says whose it is; there are no more arms than an experiment may have.
+_ARM = ("arm", "version")
+
+
 class Metrics:
     """The metrics of one application, in a registry of its own."""
 
@@ -52,67 +56,100 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "mneme_requests_total",
-            "Answers by route and status.",
-            ("route", "status"),
+            "Answers by route and status; arm and version are empty where no arm was chosen.",
+            ("route", "status", *_ARM),
             registry=self.registry,
         )
         self.stage_seconds = Histogram(
             "mneme_stage_seconds",
             "Time of a batch (fetch, encode, infer) or of a request (queue, total).",
-            ("stage",),
+            ("stage", *_ARM),
             buckets=_LATENCY_EDGES_S,
             registry=self.registry,
         )
         self.recommend_seconds = Histogram(
             "mneme_recommend_seconds",
             "Time of a recommendation, by stage; queue and infer are sums over all its blocks.",
-            ("stage",),
+            ("stage", *_ARM),
             buckets=_RECOMMEND_EDGES_S,
             registry=self.registry,
         )
         self.batch_requests = Histogram(
             "mneme_batch_requests",
             "Requests scored in one batch.",
+            _ARM,
             buckets=_BATCH_EDGES,
             registry=self.registry,
         )
         self.history_behaviors = Histogram(
             "mneme_history_behaviors",
             "Behaviors that a request was scored with.",
+            _ARM,
             buckets=_LENGTH_EDGES,
             registry=self.registry,
         )
         self.queued_work = Gauge(
             "mneme_queued_work",
             "Waiting work: candidates x history length.",
+            _ARM,
             multiprocess_mode="livesum",
             registry=self.registry,
         )
         self.queued_requests = Gauge(
             "mneme_queued_requests",
             "Waiting requests.",
+            _ARM,
             multiprocess_mode="livesum",
             registry=self.registry,
         )
         self.dropped = Counter(
             "mneme_dropped_total",
             "Requests that were not scored, by reason.",
-            ("reason",),
+            ("reason", *_ARM),
             registry=self.registry,
         )
         self.unknown_candidates = Counter(
             "mneme_unknown_candidates_total",
             "Candidates outside of the catalogue.",
+            _ARM,
             registry=self.registry,
         )
         self.corrupt_histories = Counter(
             "mneme_corrupt_histories_total",
-            "Stored values that are no history.",
+            "Stored values that are no history, where a request met one.",
+            _ARM,
             registry=self.registry,
         )
         self.degraded = Counter(
             "mneme_degraded_total",
             "Requests scored without the history that Redis holds.",
+            _ARM,
+            registry=self.registry,
+        )
+        self.model_info = Gauge(
+            "mneme_model_info",
+            "1 for a model that is served.",
+            ("model", *_ARM),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.arm_share = Gauge(
+            "mneme_arm_share",
+            "Share of the users whom an arm answers, or of a shadow's those it listens to.",
+            ("arm", "shadow"),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.shadowed = Counter(
+            "mneme_shadowed_total",
+            "Requests that a shadow arm scored too, or could not, by outcome.",
+            ("outcome", *_ARM),
+            registry=self.registry,
+        )
+        self.experiment_reloads = Counter(
+            "mneme_experiment_reloads_total",
+            "Changes of the experiments file, by outcome.",
+            ("outcome",),
             registry=self.registry,
         )
         self.events = Counter(
@@ -121,34 +158,35 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
-        self.model_info = Gauge(
-            "mneme_model_info",
-            "1 for the model that is served.",
-            ("model", "version"),
-            multiprocess_mode="livemax",
+        self.corrupt_appends = Counter(
+            "mneme_corrupt_appends_total",
+            "Stored values that are no history, where an event was to be appended.",
             registry=self.registry,
         )
-
+        for outcome in ("applied", "refused"):  # there before the first change
+            self.experiment_reloads.labels(outcome)
         self._refresh: list[Callable[[], None]] = []
-        self._answers: dict[tuple[str, int], Counter] = {}
-        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
-        for stage in STAGES:  # there before the first recommendation
-            self.recommend_seconds.labels(stage)
+        self._answers: dict[tuple[str, int, str, str], Counter] = {}
 
-    def count_answer(self, route: str, status: int) -> None:
+    def of_arm(self, arm: str, version: str) -> "ArmMetrics":
+        """Return what one arm counts."""
+        return ArmMetrics(self, arm, version)
+
+    def count_answer(self, route: str, status: int, *, arm: str = "", version: str = "") -> None:
         """Count an answer."""
-        counter = self._answers.get((route, status))
+        key = (route, status, arm, version)
+        counter = self._answers.get(key)
         if counter is None:  # looking up labels costs more than counting
-            counter = self._answers[route, status] = self.requests.labels(route, status)
+            counter = self._answers[key] = self.requests.labels(*key)
         counter.inc()
 
-    def observe_stage(self, stage: str, seconds: float) -> None:
-        """Record what one batch (fetch, encode, infer) or one request (queue, total) took."""
-        self._stages[stage].observe(seconds)
+    def before_scrape(self, refresh: Callable[[], None]) -> Callable[[], None]:
+        """Let `refresh` bring gauges up to date whenever metrics are asked for.
 
-    def before_scrape(self, refresh: Callable[[], None]) -> None:
-        """Let `refresh` bring gauges up to date whenever metrics are asked for."""
+        Returns what ends that.
+        """
         self._refresh.append(refresh)
+        return lambda: self._refresh.remove(refresh)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' format: of all workers, where there are several."""
@@ -161,6 +199,44 @@ class Metrics:
         registry = CollectorRegistry()
         MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+
+class ArmMetrics:
+    """The metrics of one arm; labels are looked up once, not for each request."""
+
+    def __init__(self, metrics: Metrics, arm: str, version: str) -> None:
+        labels = (arm, version)
+        self.arm, self.version = arm, version
+        self.before_scrape = metrics.before_scrape
+        self.batch_requests = metrics.batch_requests.labels(*labels)
+        self.history_behaviors = metrics.history_behaviors.labels(*labels)
+        self.queued_work = metrics.queued_work.labels(*labels)
+        self.queued_requests = metrics.queued_requests.labels(*labels)
+        self.unknown_candidates = metrics.unknown_candidates.labels(*labels)
+        self.corrupt_histories = metrics.corrupt_histories.labels(*labels)
+        self.degraded = metrics.degraded.labels(*labels)
+        self._dropped = metrics.dropped
+        self._shadowed = metrics.shadowed
+        self._stages = {stage: metrics.stage_seconds.labels(stage, *labels) for stage in STAGES}
+        self._recommend_stages = {
+            stage: metrics.recommend_seconds.labels(stage, *labels) for stage in STAGES
+        }
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """Record what one batch (fetch, encode, infer) or one request (queue, total) took."""
+        self._stages[stage].observe(seconds)
+
+    def observe_recommend_stage(self, stage: str, seconds: float) -> None:
+        """Record what a stage of one recommendation took."""
+        self._recommend_stages[stage].observe(seconds)
+
+    def count_dropped(self, reason: str) -> None:
+        """Count a request that was not scored."""
+        self._dropped.labels(reason, self.arm, self.version).inc()
+
+    def count_shadowed(self, outcome: str) -> None:
+        """Count a request that this arm, a shadow, has scored or not."""
+        self._shadowed.labels(outcome, self.arm, self.version).inc()
 
 
 def _forget_ended_workers(folder: Path) -> None:

@@ -18,7 +18,7 @@ from contract.records import encode_records
 from service.history import HistoryStore
 from service.metrics import Metrics
 from service.model import Model
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
 from service.shapes import Shape
 
 _WARM_BATCHES = 5
@@ -61,7 +61,9 @@ async def profile(
     Histories are appended to `store` for `users` users of each length, under names of their own,
     and read from there for every batch. `warm_up`: all shapes of the grid first, as a GPU needs it.
     """
-    scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
+    metrics = Metrics().of_arm("profile", model.manifest.model_version)
+    device = device_thread()
+    scorer = BatchScorer(model, store, metrics, device=device, on_redis_failure="refuse")
     try:
         if warm_up:
             await scorer.warm_up(max_work=max(shape.work for shape in shapes))
@@ -69,7 +71,7 @@ async def profile(
             await _write_histories(store, model, length, users)
         return [await _profile_shape(scorer, shape, users, seconds) for shape in shapes]
     finally:
-        scorer.close()
+        device.shutdown()
 
 
 def shapes_of(

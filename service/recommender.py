@@ -24,7 +24,7 @@ from service.errors import (
     NotRecommendableError,
     OverloadedError,
 )
-from service.metrics import Metrics
+from service.metrics import ArmMetrics
 from service.scorer import BatchScorer, Prepared, ScoreRequest
 
 # Rows and their scores.
@@ -77,7 +77,7 @@ class Recommender:
         *,
         lend: Callable[[float], AbstractAsyncContextManager[None]],
         block_items: int,
-        metrics: Metrics,
+        metrics: ArmMetrics,
     ) -> None:
         self._scorer = scorer
         self._catalogue = scorer.model.catalogue
@@ -92,6 +92,11 @@ class Recommender:
         # Running means of a block: on the device, and with the wait for it. 0 before the first.
         self._run_s = 0.0
         self._block_s = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has been answered."""
+        return not self._n_inside
 
     async def warm_up(self) -> None:
         """Run a block as wide as a full history, where the model can recommend at all."""
@@ -214,7 +219,7 @@ class Recommender:
         left_s = deadline - time.perf_counter()
         predicted_s = (self._n_inside + 1) * self._n_blocks * self._block_s
         if predicted_s > left_s:
-            self._metrics.dropped.labels("hopeless").inc()
+            self._metrics.count_dropped("hopeless")
             raise OverloadedError(
                 f"the answer would take up to {1000 * predicted_s:.1f} ms, the deadline is in "
                 f"{1000 * left_s:.1f} ms"
@@ -224,11 +229,11 @@ class Recommender:
         self, n_blocks: int, deadline: float, has_left: Callable[[], Awaitable[bool]]
     ) -> None:
         if await has_left():
-            self._metrics.dropped.labels("client left").inc()
+            self._metrics.count_dropped("client left")
             raise ClientLeft
         predicted_s = n_blocks * self._block_s if self._n_inside > 1 else 0.0
         if time.perf_counter() + predicted_s > deadline:
-            self._metrics.dropped.labels("deadline").inc()
+            self._metrics.count_dropped("deadline")
             raise DeadlineExceededError(
                 f"{n_blocks} of {self._n_blocks} blocks of the catalogue are not scored, and the "
                 "deadline cannot be met"

@@ -14,6 +14,7 @@ from contract.records import (
     MIN_TIME,
     check_user_id,
 )
+from service.experiment import ArmName
 
 MAX_CANDIDATES = 1000
 MAX_INLINE_BEHAVIORS = 10_000
@@ -51,6 +52,12 @@ UnixTime = Annotated[int, Field(strict=True, ge=MIN_TIME, le=MAX_TIME, descripti
 RankingTime = Annotated[
     UnixTime | None,
     Field(description="Moment from which elapsed time is measured back; now unless said."),
+]
+
+
+AskedArm = Annotated[
+    ArmName | None,
+    Field(description="Answer by this arm, whoever the user is: for testers."),
 ]
 
 
@@ -94,6 +101,7 @@ class ScoreBody(_Body):
         ),
     ]
     ranking_time: RankingTime = None
+    arm: AskedArm = None
     history: Annotated[
         list[Behavior] | None,
         Field(
@@ -108,6 +116,7 @@ class ScoreAnswer(BaseModel):
 
     scores: list[float]
     score_kind: Literal["probability", "affinity"]
+    arm: Annotated[str, Field(description="The arm that answered.")]
     model: str
     version: str
     history_length: Annotated[int, Field(description="Behaviors that the model has read.")]
@@ -124,6 +133,7 @@ class ScoreAnswer(BaseModel):
                 {
                     "scores": [0.81, 0.07, 0.33],
                     "score_kind": "probability",
+                    "arm": "main",
                     "model": "imn-3p-plus",
                     "version": "imn-3p-plus-0f3a9c1d2e4b",
                     "history_length": 52,
@@ -168,6 +178,7 @@ class RecommendBody(_Body):
         ),
     ] = False
     ranking_time: RankingTime = None
+    arm: AskedArm = None
 
 
 class RecommendAnswer(BaseModel):
@@ -181,6 +192,7 @@ class RecommendAnswer(BaseModel):
         list[float],
         Field(description="Their affinities, of which only the order means something."),
     ]
+    arm: Annotated[str, Field(description="The arm that answered.")]
     model: str
     version: str
     history_length: Annotated[int, Field(description="Behaviors that the model has read.")]
@@ -198,6 +210,7 @@ class RecommendAnswer(BaseModel):
                 {
                     "item_ids": [1193, 914, 661],
                     "scores": [7.25, 6.5, 6.125],
+                    "arm": "main",
                     "model": "sasrec",
                     "version": "sasrec-0f3a9c1d2e4b",
                     "history_length": 52,
@@ -247,12 +260,15 @@ class EventsAnswer(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """One model that is served."""
+    """One arm and the model that it serves."""
 
+    arm: str
+    share: Annotated[float, Field(description="Of the users: answered, or listened to.")]
+    shadow: Annotated[bool, Field(description="It scores and is measured, and never answers.")]
     model: str
     version: str
     score_kind: Literal["probability", "affinity"]
-    history_length: int
+    history_length: Annotated[int, Field(description="Behaviors that it is given at most.")]
     items: int
     calibration: Annotated[
         CalibrationMethod,
@@ -276,9 +292,21 @@ class ModelInfo(BaseModel):
 
 
 class Models(BaseModel):
-    """All models that are served."""
+    """All arms that serve, in the order of the experiments file."""
 
     models: list[ModelInfo]
+
+
+class ExperimentInfo(BaseModel):
+    """The experiment at present, and what became of the latest change of its file."""
+
+    salt: Annotated[str, Field(description="Of the hash that deals the users out.")]
+    shares: Annotated[dict[str, float], Field(description="By arm, of those that answer.")]
+    shadows: Annotated[dict[str, float], Field(description="By arm, of those that never do.")]
+    refused: Annotated[
+        str | None,
+        Field(description="Why the file, as it stands, is not applied; null where it is."),
+    ]
 
 
 class Problem(BaseModel):

@@ -18,10 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from contract.records import encode_records
 from service import problems
+from service.arms import Arm
 from service.errors import ClientLeft, ServiceError
 from service.schemas import MAX_DEADLINE_MS, Behavior, ScoreBody
 from service.scorer import Scored, ScoreRequest
-from service.wiring import USABLE_SHARE, Services
+from service.wiring import ARM, USABLE_SHARE, Services
 
 _DEADLINE = b"x-deadline-ms"
 _BODY = TypeAdapter(ScoreBody)
@@ -35,18 +36,20 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     try:
         raw = await _read(receive)
         body = _parse(raw)
-        deadline_s = _deadline_s(scope, services.settings.deadline_s)
-        scored, waited_s = await services.batcher.submit(
-            ScoreRequest(
-                user_id=body.user_id,
-                # Half the time of np.array, which looks at every element for its type.
-                candidates=np.frombuffer(array("q", body.candidates), dtype=np.int64),
-                ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
-                history=None if body.history is None else _records(body.history),
-            ),
-            deadline=started + USABLE_SHARE * deadline_s,
-            has_left=_leaving(receive),
+        deadline = started + USABLE_SHARE * _deadline_s(scope, services.settings.deadline_s)
+        arm = services.arms.arm_for(body.user_id, body.arm)
+        scope[ARM] = arm
+        request = ScoreRequest(
+            user_id=body.user_id,
+            # Half the time of np.array, which looks at every element for its type.
+            candidates=np.frombuffer(array("q", body.candidates), dtype=np.int64),
+            ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
+            history=None if body.history is None else _records(body.history),
         )
+        answer = arm.batcher.submit(request, deadline=deadline, has_left=_leaving(receive))
+        if body.arm is None:  # testers are no part of what is compared
+            services.arms.shadow(request, deadline=deadline)
+        scored, waited_s = await answer
     except ClientLeft:
         await problems.client_left_response()(scope, receive, send)
     except ServiceError as error:
@@ -54,7 +57,7 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     except RequestValidationError as error:
         await problems.validation_response(error)(scope, receive, send)
     else:
-        await _answer(services, scored, waited_s, started, send)
+        await _answer(arm, scored, waited_s, started, send)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -129,14 +132,13 @@ def _leaving(receive: Receive) -> Callable[[], bool]:
     return has_left
 
 
-async def _answer(
-    services: Services, scored: Scored, waited_s: float, started: float, send: Send
-) -> None:
-    manifest = services.model.manifest
+async def _answer(arm: Arm, scored: Scored, waited_s: float, started: float, send: Send) -> None:
+    manifest = arm.model.manifest
     body = orjson.dumps(
         {
             "scores": scored.scores,
             "score_kind": manifest.score_kind,
+            "arm": arm.name,
             "model": manifest.model_name,
             "version": manifest.model_version,
             "history_length": scored.history_length,
@@ -158,11 +160,4 @@ async def _answer(
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-    metrics = services.metrics
-    metrics.observe_stage("queue", waited_s)
-    metrics.observe_stage("total", total_s)
-    metrics.history_behaviors.observe(scored.history_length)
-    if scored.unknown_candidates:
-        metrics.unknown_candidates.inc(scored.unknown_candidates)
-    if scored.degraded:
-        metrics.degraded.inc()
+    arm.observe(scored, waited_s=waited_s, total_s=total_s)

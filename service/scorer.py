@@ -25,7 +25,7 @@ from service.errors import (
     ServiceError,
 )
 from service.history import HistoryStore
-from service.metrics import Metrics
+from service.metrics import ArmMetrics
 from service.model import Model
 
 PickedT = TypeVar("PickedT")
@@ -78,31 +78,27 @@ class Scored:
 class BatchScorer:
     """Scores batches with one model on one device.
 
-    `on_redis_failure`: "refuse" fails every request that needs Redis, "cold" scores it with an
-    empty history.
+    `device`: the device's one thread (`device_thread`). `history_length`: behaviors that the model
+    is given at most, None for all that it reads. `on_redis_failure`: "refuse" fails every request
+    that needs Redis, "cold" scores it with an empty history.
     """
 
     def __init__(
         self,
         model: Model,
         history: HistoryStore,
-        metrics: Metrics,
+        metrics: ArmMetrics,
         *,
+        device: ThreadPoolExecutor,
         on_redis_failure: Literal["refuse", "cold"],
+        history_length: int | None = None,
     ) -> None:
         self.model = model
         self._history = history
         self._metrics = metrics
-        self._length = model.manifest.features.history_length
+        self._length = history_length or model.manifest.features.history_length
         self._cold = on_redis_failure == "cold"
-        # One thread for the device: runs never overlap, and the event loop stays free.
-        self._device = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="device", initializer=_step_back
-        )
-
-    def close(self) -> None:
-        """End the device's thread after the run in flight."""
-        self._device.shutdown()
+        self._device = device
 
     async def warm_up(self, max_work: int) -> list[tuple[int, float]]:
         """Run the shapes that will be served; return (work, seconds) of each.
@@ -299,6 +295,14 @@ class BatchScorer:
                 f"{(shape.batch, shape.candidates)}"
             )
         return scores_BC, time.perf_counter() - started
+
+
+def device_thread() -> ThreadPoolExecutor:
+    """Return the one thread of a device: runs never overlap, and the event loop stays free.
+
+    All models of a device share it: onnxruntime keeps captured CUDA graphs for each thread.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="device", initializer=_step_back)
 
 
 def _step_back() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.connection import parse_url
 
@@ -28,7 +29,16 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True
     )
 
-    bundle: Path = Field(description="Folder of the bundle to serve.")
+    bundle: Path | None = Field(
+        default=None, description="Folder of the bundle to serve; the one arm is named main."
+    )
+    experiments: Path | None = Field(
+        default=None,
+        description="TOML file of arms, in place of one bundle; a change of it is applied at once.",
+    )
+    experiments_poll_s: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Seconds between two looks at the experiments file."
+    )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("MNEME_REDIS_URL", "redis_url", "REDIS_URL"),
@@ -86,6 +96,12 @@ class Settings(BaseSettings):
         default=86_400, description="How far in the future an event may lie."
     )
 
+    @model_validator(mode="after")
+    def _serves_something(self) -> "Settings":
+        if (self.bundle is None) == (self.experiments is None):
+            raise ValueError("either a bundle or an experiments file must be given, and not both")
+        return self
+
     @field_validator("redis_url")
     @classmethod
     def _is_a_redis_url(cls, url: str) -> str:
@@ -105,15 +121,18 @@ def read_settings(flags: Mapping[str, str]) -> Settings:
     try:
         return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads the strings
     except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
-        )
+        reasons = "; ".join(map(_reason, error.errors()))
         raise SettingsError(reasons) from error
+
+
+def _reason(error: ErrorDetails) -> str:
+    place = ".".join(map(str, error["loc"])) or "settings"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def write_settings(settings: Settings) -> dict[str, str]:
     """Return the environment variables from which `read_settings` makes the same settings."""
-    return {PREFIX + name.upper(): str(value) for name, value in settings}
+    return {PREFIX + name.upper(): str(value) for name, value in settings if value is not None}
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:

@@ -1,91 +1,78 @@
 """The composition root: what the application is made of, built in one place."""
 
+import asyncio
 import gc
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from service.batcher import Batcher
-from service.cost import BatchCost
+from service.arms import Arms
+from service.experiment import Experiment
+from service.experiment_watch import ExperimentWatch
 from service.history import HistoryStore, connect
 from service.metrics import Metrics
 from service.model import Model
-from service.recommender import Recommender
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
 from service.settings import Settings
 
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
 USABLE_SHARE = 0.85
+# Where a route leaves, in the ASGI scope, the arm that it chose.
+ARM = "mneme.arm"
 
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
-# A batch is short when it takes no more of the usual deadline than this.
-_SHORT_SHARE = 0.1
-# So much of it is kept free at most, because predictions err.
-_MARGIN_SHARE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The collaborators that the routes use."""
+    """The collaborators that the routes use. `watch`: None where one bundle is served."""
 
     settings: Settings
-    model: Model
     history: HistoryStore
-    batcher: Batcher[ScoreRequest, Prepared, Scored]
-    recommender: Recommender
+    arms: Arms
+    watch: ExperimentWatch | None
     metrics: Metrics
 
 
 @asynccontextmanager
 async def running(
-    settings: Settings, model: Model, *, history: HistoryStore | None = None
+    settings: Settings,
+    open_model: Callable[[Path], Model],
+    *,
+    history: HistoryStore | None = None,
 ) -> AsyncIterator[Services]:
     """Yield everything wired and started; stop and close it afterwards."""
     metrics = Metrics()
-    manifest = model.manifest
-    metrics.model_info.labels(manifest.model_name, manifest.model_version).set(1)
-    length = manifest.features.history_length
     store = history or HistoryStore(
         connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
         prefix=settings.key_prefix,
-        keep=length,
+        keep=1,  # the arms say how many
     )
-    scorer = BatchScorer(model, store, metrics, on_redis_failure=settings.on_redis_failure)
-    cost = BatchCost()
-    cost.learn_from_warm_up(await scorer.warm_up(settings.max_batch_work))
-    batcher = Batcher[ScoreRequest, Prepared, Scored](
-        prepare=scorer.prepare,
-        run=scorer.run,
-        size=scorer.size,
-        prepared_size=scorer.prepared_size,
-        shapes=model.shapes,
-        cost=cost,
-        short_s=_SHORT_SHARE * settings.deadline_s,
-        margin_s=_MARGIN_SHARE * settings.deadline_s,
-        max_batch_work=settings.max_batch_work,
-        max_queue_work=settings.max_queue_work,
-        metrics=metrics,
-    )
-    recommender = Recommender(
-        scorer, lend=batcher.lend, block_items=settings.recommend_block_items, metrics=metrics
-    )
-    await recommender.warm_up()
-    # What is there by now stays: no collection need look at it again. Requests leave no cycles
-    # behind, so that looking for some can wait.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_COLLECTION_THRESHOLDS)
-    batcher.start()
+    arms = Arms(settings, open_model, store, metrics)
+    watch, watching = None, None
     try:
-        yield Services(
-            settings=settings,
-            model=model,
-            history=store,
-            batcher=batcher,
-            recommender=recommender,
-            metrics=metrics,
-        )
+        if settings.bundle is not None:
+            await arms.apply(Experiment.of_bundle(settings.bundle))
+        else:
+            assert settings.experiments is not None, "the settings name one or the other"
+            watch = ExperimentWatch(
+                settings.experiments,
+                apply=arms.apply,
+                poll_s=settings.experiments_poll_s,
+                metrics=metrics,
+            )
+            await watch.load()
+            watching = asyncio.create_task(watch.run())
+        # What is there by now stays: no collection need look at it again. Requests leave no cycles
+        # behind, so that looking for some can wait.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_COLLECTION_THRESHOLDS)
+        yield Services(settings=settings, history=store, arms=arms, watch=watch, metrics=metrics)
     finally:
-        await batcher.stop()
-        scorer.close()
+        if watching is not None:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        await arms.close()
         await store.close()

@@ -140,7 +140,7 @@ def served(bundle: Path, redis_url: str, golden: GoldenRows) -> Iterator[LiveSer
     model = OnnxModel(bundle, threads=1)
     with (
         Redis.from_url(redis_url) as redis,
-        live_service(create_app(settings, model), model) as service,
+        live_service(create_app(settings, lambda _: model), model) as service,
     ):
         for row, history in enumerate(golden.histories):
             redis.set(history_key(settings.key_prefix, str(row)), history)

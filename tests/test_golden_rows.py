@@ -15,7 +15,7 @@ from contract.records import decode_records
 from loadtest.redis_server import redis_server
 from service.history import HistoryStore, history_key
 from service.metrics import Metrics
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
 from service.shapes import Shape, ShapeGrid
 from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC, GoldenRow
 from training.data.loader import ClickBatch, ClickLoader
@@ -114,7 +114,8 @@ def test_training_gathers_golden_rows(row, tmp_path):
 async def test_the_service_encodes_golden_rows(row, redis_url):
     model, redis = RecordingModel(), Redis.from_url(redis_url)
     store = HistoryStore(redis, prefix="golden", keep=100)
-    scorer = BatchScorer(model, store, Metrics(), on_redis_failure="refuse")
+    thread, metrics = device_thread(), Metrics().of_arm("main", "golden")
+    scorer = BatchScorer(model, store, metrics, device=thread, on_redis_failure="refuse")
     try:
         await redis.set(history_key("golden", "u"), row.history)
         (prepared,) = await scorer.prepare(
@@ -123,7 +124,7 @@ async def test_the_service_encodes_golden_rows(row, redis_url):
         assert isinstance(prepared, Prepared)
         (answer,) = await scorer.run([prepared])
     finally:
-        scorer.close()
+        thread.shutdown()
         await store.close()
     assert isinstance(answer, Scored)
     assert_inputs(model.runs[0], row)

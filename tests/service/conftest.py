@@ -117,7 +117,9 @@ def patient_settings(redis_url: str, **changes: Any) -> Settings:
 @pytest.fixture(scope="session")
 def _shared_service(_redis_server) -> Iterator[LiveService]:
     model = DummyModel()
-    with live_service(create_app(patient_settings(_redis_server), model), model) as service:
+    with live_service(
+        create_app(patient_settings(_redis_server), lambda _: model), model
+    ) as service:
         yield service
 
 
@@ -146,7 +148,7 @@ def serve(redis_url) -> Iterator[Serve]:
             model = DummyModel(warm_up_took=warm_up_took, score_kind=score_kind)
             settings = patient_settings(changes.pop("redis_url", redis_url), **changes)
             service = stack.enter_context(
-                live_service(create_app(settings, model, history=history), model)
+                live_service(create_app(settings, lambda _: model, history=history), model)
             )
             model.reset()  # what it ran to become warm is no test's
             return service

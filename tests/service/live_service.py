@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.service.dummy_model import DummyModel
 
 PATIENCE_S = 30.0
+_ARM = ("arm", "version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,14 @@ class LiveService:
         return self.client.post("/events", json=body)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the value of one sample of /metrics; 0 where there is none yet."""
-        for family in text_string_to_metric_families(self.client.get("/metrics").text):
-            for sample in family.samples:
-                if sample.name == name and sample.labels == labels:
-                    return sample.value
-        return 0.0
+        """Return a sample of /metrics, 0 where there is none; of all arms unless one is named."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.client.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name
+            and {k: v for k, v in sample.labels.items() if k in labels or k not in _ARM} == labels
+        )
 
     @contextmanager
     def client_that_leaves(self, request: bytes) -> Iterator[socket.socket]:

@@ -24,6 +24,7 @@ class TestScore:
         assert answer.json() == {
             "scores": [score_of(c, behaviors=2, oldest=5, day=1) for c in (3, 1, UNKNOWN)],
             "score_kind": "affinity",
+            "arm": "main",
             "model": "dummy",
             "version": "dummy-1",
             "history_length": 2,
@@ -311,6 +312,9 @@ class TestOperators:
         assert service.client.get("/models").json() == {
             "models": [
                 {
+                    "arm": "main",
+                    "share": 1.0,
+                    "shadow": False,
                     "model": "dummy",
                     "version": "dummy-1",
                     "score_kind": "affinity",

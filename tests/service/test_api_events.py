@@ -116,14 +116,14 @@ class TestCorruptHistories:
     @pytest.mark.parametrize("value", [b"x", b"\x01" * (12 * KEEP + 1)], ids=["short", "long"])
     def test_the_value_stays_and_other_users_are_served(self, service, redis, value):
         redis.set("history:eve", value)
-        before = service.metric("mneme_corrupt_histories_total")
+        before = service.metric("mneme_corrupt_appends_total")
         answer = service.events(("ann", 1, 10), ("eve", 2, 20), ("bob", 3, 30))
         problem = assert_problem(answer, 500, "corrupt-history")
         assert "the history of user 'eve' cannot be read" in problem["detail"]
         assert redis.get("history:eve") == value
         assert redis.get("history:ann") == records((1, 10))
         assert redis.get("history:bob") == records((3, 30))
-        assert service.metric("mneme_corrupt_histories_total") == before + 1
+        assert service.metric("mneme_corrupt_appends_total") == before + 1
 
     def test_a_value_of_another_type_stays(self, service, redis):
         redis.hset("history:eve", "a", "b")

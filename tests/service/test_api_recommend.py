@@ -34,6 +34,7 @@ class TestRecommend:
         assert answer.json() == {
             "item_ids": [90, 89, 88],
             "scores": [score_of(item, behaviors=2, oldest=5, day=1) for item in (90, 89, 88)],
+            "arm": "main",
             "model": "dummy",
             "version": "dummy-1",
             "history_length": 2,

@@ -20,6 +20,8 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.shapes import ShapeGrid
+from service.turns import SharedDevice
+from tests.service.arm_metrics import of_arm, sample
 
 PATIENCE_S = 30.0
 # A client that was there a moment ago is not asked again; so long ago is no moment.
@@ -125,6 +127,7 @@ class Queue:
         self.metrics = Metrics()
         self.cost = KnownCost() if cost is None else cost
         self.batcher = Batcher[str, Read, str](
+            seat=SharedDevice().seat(1.0),
             prepare=self.stages.prepare,
             run=self.stages.run,
             size=lambda word: (len(word), assumed_length),
@@ -135,7 +138,7 @@ class Queue:
             margin_s=margin_s,
             max_batch_work=max_batch_work,
             max_queue_work=max_queue_work,
-            metrics=self.metrics,
+            metrics=of_arm(self.metrics),
         )
 
     def submit(
@@ -192,7 +195,7 @@ class Queue:
 
     def _metric(self, name: str, labels: dict[str, str] | None = None) -> float | None:
         self.metrics.text()  # whatever is measured only when somebody looks
-        return self.metrics.registry.get_sample_value(name, labels)
+        return sample(self.metrics, name, **(labels or {}))
 
 
 async def answers(*futures: "asyncio.Future[tuple[str, float]]") -> list[str]:

@@ -14,12 +14,14 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 
 from contract.bundle import GOLDEN
 from contract.golden import GoldenRows
 from contract.records import decode_records
 from loadtest.redis_server import free_port
 from service.__main__ import main
+from service.experiment import read_experiment
 from tests.service.histories import NOW, records, steps, write_log
 from tests.service.live_service import PATIENCE_S, wait_until
 from tests.service.tiny_bundle import HISTORY_LENGTH, ITEM_IDS, flip_a_byte
@@ -138,7 +140,7 @@ class TestServe:
             "from service.model import OnnxModel\n"
             "from service.settings import Settings\n"
             "bundle = Path(sys.argv[1])\n"
-            "create_app(Settings(bundle=bundle), OnnxModel(bundle))\n"
+            "create_app(Settings(bundle=bundle), OnnxModel)\n"
             f"print(sorted({{*sys.modules}} & {{*{OFFLINE_PACKAGES}}}))\n"
         )
         done = run("-c", program, good_bundle)
@@ -154,7 +156,10 @@ class TestServe:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            pytest.param([], "bundle: Field required", id="no bundle"),
+            pytest.param([], "settings: either a bundle or an experiments", id="no bundle"),
+            pytest.param(
+                ["--experiments", "nowhere.toml"], "nowhere.toml: cannot be read", id="no file"
+            ),
             pytest.param(["--bundle", "nowhere"], "bundle nowhere: no such folder", id="no folder"),
             pytest.param(["--bundle", "x", "--port", "-1"], "port: Input should be", id="port"),
             pytest.param(["--bundle", "x", "--provider", "tpu"], "provider: Input", id="provider"),
@@ -279,6 +284,65 @@ def _command_line(pid: str) -> bytes:
     with suppress(FileNotFoundError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+class TestExperiments:
+    ARMS = """
+salt = "s"
+[arms.a]
+bundle = "{bundle}"
+share = 0.5
+[arms.b]
+bundle = "{bundle}"
+share = 0.5
+history_length = 1
+"""
+
+    def test_users_keep_their_arm_over_workers_and_restarts(self, good_bundle, redis_url, tmp_path):
+        path = tmp_path / "experiments.toml"
+        path.write_text(self.ARMS.format(bundle=good_bundle))
+        users = [f"user {n}" for n in range(40)]
+        expected = [read_experiment(path).arm_of(user) for user in users]
+        for _ in range(2):
+            port = free_port()
+            url = f"http://127.0.0.1:{port}"
+            arguments = ("--experiments", path, "--redis-url", redis_url, "--port", str(port))
+            with running_service(*arguments, "--workers", "2", "--threads", "1") as process:
+                wait_until(lambda: is_ready(url, process), "the service is ready")  # noqa: B023
+                # Each on a connection of its own: whichever worker takes it.
+                assert [self.arm_of(url, user) for user in users] == expected
+
+    def arm_of(self, url: str, user: str) -> str:
+        answer = httpx.post(
+            f"{url}/score",
+            json={"user_id": user, "candidates": [1]},
+            headers={"X-Deadline-Ms": "30000"},
+            trust_env=False,
+        )
+        assert answer.status_code == 200, answer.text
+        arm: str = answer.json()["arm"]
+        return arm
+
+    def test_a_bundle_that_is_not_there_ends_it_with_one_line(self, tmp_path):
+        path = tmp_path / "experiments.toml"
+        path.write_text(self.ARMS.format(bundle="nowhere"))
+        done = run("-m", "service", "--experiments", path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert one_line(done.stderr) == f"error: bundle {tmp_path}/nowhere: no such folder"
+
+    def test_backfill_keeps_as_much_as_the_longest_arm_reads(
+        self, good_bundle, redis_url, tmp_path
+    ):
+        path = tmp_path / "experiments.toml"
+        path.write_text(self.ARMS.format(bundle=good_bundle))
+        write_log(tmp_path / "log", {"ann": steps(*ITEM_IDS[:20].tolist())})
+        done = run(
+            "-m", "service", "backfill", tmp_path / "log",
+            "--experiments", path, "--redis-url", redis_url,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with Redis.from_url(redis_url) as redis:
+            assert redis.strlen("history:ann") == 12 * min(20, HISTORY_LENGTH)
 
 
 class TestWorkers:

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import FOLDER_VARIABLE, STAGES, Metrics
+from tests.service.arm_metrics import of_arm, sample
 from tests.service.live_service import PATIENCE_S
 
 # A worker that has answered, has requests waiting, and ends without a word.
@@ -15,12 +16,13 @@ WORKER = """
 import os
 from service.metrics import Metrics
 metrics = Metrics()
-metrics.model_info.labels("dummy", "dummy-1").set(1)
-metrics.count_answer("/score", 200)
-metrics.count_answer("/score", 200)
-metrics.observe_stage("total", 0.02)
-metrics.queued_requests.set(5)
-metrics.queued_work.set(500)
+metrics.model_info.labels("dummy", "main", "dummy-1").set(1)
+metrics.count_answer("/score", 200, arm="main", version="dummy-1")
+metrics.count_answer("/score", 200, arm="main", version="dummy-1")
+main = metrics.of_arm("main", "dummy-1")
+main.observe_stage("total", 0.02)
+main.queued_requests.set(5)
+main.queued_work.set(500)
 """
 SAY = "print(metrics.text().decode())"
 DIE = "os._exit(0)"
@@ -38,23 +40,24 @@ def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
 def test_two_applications_of_a_process_count_for_themselves():
     one, other = Metrics(), Metrics()
     one.count_answer("/score", 200)
-    assert samples(one.text().decode())["mneme_requests_total", ("/score", "200")] == 1
-    assert ("mneme_requests_total", ("/score", "200")) not in samples(other.text().decode())
+    assert samples(one.text().decode())["mneme_requests_total", ("", "/score", "200", "")] == 1
+    assert not [key for key in samples(other.text().decode()) if key[0] == "mneme_requests_total"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_is_there_before_anything_was_scored(stage):
     metrics = Metrics()
-    assert samples(metrics.text().decode())["mneme_stage_seconds_count", (stage,)] == 0
-    metrics.observe_stage(stage, 0.02)
-    found = samples(metrics.text().decode())
-    assert found["mneme_stage_seconds_sum", (stage,)] == 0.02
+    arm = of_arm(metrics)
+    assert sample(metrics, "mneme_stage_seconds_count", stage=stage) == 0
+    arm.observe_stage(stage, 0.02)
+    assert sample(metrics, "mneme_stage_seconds_sum", stage=stage) == 0.02
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_of_a_recommendation_is_there_before_the_first(stage):
-    found = samples(Metrics().text().decode())
-    assert found["mneme_recommend_seconds_count", (stage,)] == 0
+    metrics = Metrics()
+    of_arm(metrics)
+    assert sample(metrics, "mneme_recommend_seconds_count", stage=stage) == 0
 
 
 @pytest.mark.parametrize(
@@ -62,9 +65,9 @@ def test_each_stage_of_a_recommendation_is_there_before_the_first(stage):
 )
 def test_the_deadline_of_a_recommendation_is_an_edge(seconds, within):
     metrics = Metrics()
-    metrics.recommend_seconds.labels("total").observe(seconds)
-    found = samples(metrics.text().decode())
-    assert found["mneme_recommend_seconds_bucket", ("0.2", "total")] == within
+    of_arm(metrics).observe_recommend_stage("total", seconds)
+    found = sample(metrics, "mneme_recommend_seconds_bucket", le="0.2", stage="total")
+    assert found == within
 
 
 @pytest.mark.parametrize(
@@ -72,17 +75,35 @@ def test_the_deadline_of_a_recommendation_is_an_edge(seconds, within):
 )
 def test_the_budget_of_30_ms_is_an_edge(seconds, within):
     metrics = Metrics()
-    metrics.observe_stage("total", seconds)
-    found = samples(metrics.text().decode())
-    assert found["mneme_stage_seconds_bucket", ("0.03", "total")] == within
+    of_arm(metrics).observe_stage("total", seconds)
+    assert sample(metrics, "mneme_stage_seconds_bucket", le="0.03", stage="total") == within
 
 
 def test_gauges_are_brought_up_to_date_when_somebody_looks():
     metrics = Metrics()
     waiting = iter([3, 4])
-    metrics.before_scrape(lambda: metrics.queued_requests.set(next(waiting)))
-    assert samples(metrics.text().decode())["mneme_queued_requests", ()] == 3
-    assert samples(metrics.text().decode())["mneme_queued_requests", ()] == 4
+    arm = of_arm(metrics)
+    end = metrics.before_scrape(lambda: arm.queued_requests.set(next(waiting)))
+    metrics.text()
+    assert sample(metrics, "mneme_queued_requests") == 3
+    metrics.text()
+    assert sample(metrics, "mneme_queued_requests") == 4
+    end()
+    metrics.text()
+    assert sample(metrics, "mneme_queued_requests") == 4
+
+
+def test_arms_count_for_themselves():
+    metrics = Metrics()
+    old, new = (metrics.of_arm("imn", version) for version in ("imn-1", "imn-2"))
+    old.count_dropped("deadline")
+    for outcome in ("scored", "scored", "failed"):
+        new.count_shadowed(outcome)
+    found = samples(metrics.text().decode())
+    assert found["mneme_dropped_total", ("imn", "deadline", "imn-1")] == 1
+    assert found["mneme_shadowed_total", ("imn", "scored", "imn-2")] == 2
+    assert found["mneme_shadowed_total", ("imn", "failed", "imn-2")] == 1
+    assert ("mneme_dropped_total", ("imn", "deadline", "imn-2")) not in found
 
 
 def test_workers_that_ended_leave_what_they_counted_and_nothing_that_waits(tmp_path):
@@ -101,8 +122,9 @@ def test_workers_that_ended_leave_what_they_counted_and_nothing_that_waits(tmp_p
     worker(DIE)
     worker(DIE)
     found = samples(worker(SAY))
-    assert found["mneme_requests_total", ("/score", "200")] == 3 * 2
-    assert found["mneme_stage_seconds_count", ("total",)] == 3
-    assert found["mneme_queued_requests", ()] == 5
-    assert found["mneme_queued_work", ()] == 500
-    assert found["mneme_model_info", ("dummy", "dummy-1")] == 1
+    main = ("main", "dummy-1")
+    assert found["mneme_requests_total", ("main", "/score", "200", "dummy-1")] == 3 * 2
+    assert found["mneme_stage_seconds_count", ("main", "total", "dummy-1")] == 3
+    assert found["mneme_queued_requests", main] == 5
+    assert found["mneme_queued_work", main] == 500
+    assert found["mneme_model_info", ("main", "dummy", "dummy-1")] == 1

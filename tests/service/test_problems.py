@@ -12,6 +12,7 @@ from tests.service.problem_answers import assert_problem
 
 PROBLEMS = [
     (errors.InvalidRequestError, 422, "invalid-request", None),
+    (errors.UnknownArmError, 422, "unknown-arm", None),
     (errors.BodyTooLargeError, 413, "body-too-large", None),
     (errors.HistoryUnavailableError, 503, "history-unavailable", "1"),
     (errors.CorruptHistoryError, 500, "corrupt-history", None),

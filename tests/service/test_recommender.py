@@ -21,7 +21,8 @@ from service.errors import (
 from service.metrics import Metrics
 from service.model import OnnxModel
 from service.recommender import Recommended, Recommender, RecommendRequest, highest
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
+from tests.service.arm_metrics import of_arm, sample
 from tests.service.dummy_model import HISTORY_LENGTH, KNOWN_ITEMS, DummyModel, score_of
 from tests.service.histories import DAY_S, NOW, records, steps
 from tests.service.live_service import PATIENCE_S
@@ -84,17 +85,20 @@ def device() -> Device:
 
 @pytest.fixture
 def make_recommender(store, device, metrics) -> Iterator[Any]:
-    scorers: list[BatchScorer] = []
+    thread = device_thread()
 
     def make(
         model: Any, *, block_items: int = 30, history: Any = store, on_redis_failure: Any = "refuse"
     ) -> Recommender:
-        scorers.append(BatchScorer(model, history, metrics, on_redis_failure=on_redis_failure))
-        return Recommender(scorers[-1], lend=device.lend, block_items=block_items, metrics=metrics)
+        scorer = BatchScorer(
+            model, history, of_arm(metrics), device=thread, on_redis_failure=on_redis_failure
+        )
+        return Recommender(
+            scorer, lend=device.lend, block_items=block_items, metrics=of_arm(metrics)
+        )
 
     yield make
-    for scorer in scorers:
-        scorer.close()
+    thread.shutdown()
 
 
 async def ask(
@@ -115,7 +119,7 @@ async def ask(
 
 
 def dropped(metrics: Metrics, reason: str) -> float | None:
-    return metrics.registry.get_sample_value("mneme_dropped_total", {"reason": reason})
+    return sample(metrics, "mneme_dropped_total", reason=reason)
 
 
 def ranked(table: Any, k: int) -> list[int]:
@@ -227,13 +231,19 @@ class TestBlocks:
         history = records(*steps(*ITEM_IDS[3:9].tolist()))
         await store.append({"ann": history})
         found = await ask(make_recommender(model, block_items=17), at=NOW + DAY_S)
-        scorer = BatchScorer(model, store, metrics, on_redis_failure="refuse")
-        (one,) = await scorer.prepare(
-            [ScoreRequest(user_id="ann", candidates=ITEM_IDS, ranking_time=NOW + DAY_S)]
-        )
-        assert isinstance(one, Prepared)
-        (scored,) = await scorer.run([one])
-        scorer.close()
+        with device_thread() as thread:
+            scorer = BatchScorer(
+                model,
+                store,
+                of_arm(metrics),
+                device=thread,
+                on_redis_failure="refuse",
+            )
+            (one,) = await scorer.prepare(
+                [ScoreRequest(user_id="ann", candidates=ITEM_IDS, ranking_time=NOW + DAY_S)]
+            )
+            assert isinstance(one, Prepared)
+            (scored,) = await scorer.run([one])
         assert isinstance(scored, Scored)
         assert sorted(found.item_ids.tolist()) == ITEM_IDS.tolist()
         assert (np.diff(found.scores) <= 0).all()
@@ -300,7 +310,7 @@ class TestRefused:
         model = DummyModel()
         with pytest.raises(CorruptHistoryError, match="the history of user 'ann' cannot be read"):
             await ask(make_recommender(model), exclude_seen=exclude_seen)
-        assert metrics.registry.get_sample_value("mneme_corrupt_histories_total") == 1
+        assert sample(metrics, "mneme_corrupt_histories_total") == 1
         assert model.runs == []
 
     async def test_what_the_model_does_not_read_is_not_judged(self, make_recommender, redis):

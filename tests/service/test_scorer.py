@@ -13,8 +13,9 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.model import OnnxModel
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest
+from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
 from service.shapes import ShapeGrid
+from tests.service.arm_metrics import of_arm, sample
 from tests.service.dummy_model import HISTORY_LENGTH, UNKNOWN, DummyModel, score_of
 from tests.service.histories import DAY_S, NOW, records, steps
 from tests.service.tiny_bundle import ITEM_IDS
@@ -43,15 +44,19 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def make_scorer(model, metrics) -> Iterator[Any]:
-    made: list[BatchScorer] = []
+    with device_thread() as device:
 
-    def make(store, on_redis_failure="refuse") -> BatchScorer:
-        made.append(BatchScorer(model, store, metrics, on_redis_failure=on_redis_failure))
-        return made[-1]
+        def make(store, model=model, on_redis_failure="refuse", **options: Any) -> BatchScorer:
+            return BatchScorer(
+                model,
+                store,
+                of_arm(metrics),
+                device=device,
+                on_redis_failure=on_redis_failure,
+                **options,
+            )
 
-    yield make
-    for scorer in made:
-        scorer.close()
+        yield make
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def scores(answer: object) -> list[float]:
 
 
 def corrupt_count(metrics: Metrics) -> float | None:
-    return metrics.registry.get_sample_value("mneme_corrupt_histories_total")
+    return sample(metrics, "mneme_corrupt_histories_total")
 
 
 class TestScores:
@@ -141,8 +146,8 @@ class TestScores:
         (run,) = model.runs
         assert run.history_items.shape == (2, 3)
         assert run.candidate_items.shape == (2, 2)
-        assert metrics.registry.get_sample_value("mneme_batch_requests_sum") == 2
-        assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 1
+        assert sample(metrics, "mneme_batch_requests_sum") == 2
+        assert sample(metrics, "mneme_batch_requests_count") == 1
 
     async def test_the_time_of_each_stage_is_told(self, scorer):
         (answer,) = await score(scorer, [request("ann")])
@@ -156,7 +161,7 @@ class TestStages:
         assert [len(one.history_items), len(one.history_buckets)] == [3, 3]
         assert [one.unknown_candidates, one.degraded] == [1, False]
         assert model.runs == []
-        assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 0
+        assert sample(metrics, "mneme_batch_requests_count") == 0
 
     async def test_what_was_prepared_in_several_batches_is_run_in_one(self, scorer, redis, model):
         redis.set("history:ann", records(*steps(5, 6, 7)))
@@ -212,10 +217,10 @@ class TestAlone:
     async def test_no_metric_of_batches_counts_it(self, scorer, metrics):
         one, _ = await scorer.prepare_alone(request("ann"), whole=False)
         await scorer.run_alone(one, len)
-        assert metrics.registry.get_sample_value("mneme_batch_requests_count") == 0
+        assert sample(metrics, "mneme_batch_requests_count") == 0
         for stage in ("fetch", "encode", "infer"):
             count = "mneme_stage_seconds_count"
-            assert metrics.registry.get_sample_value(count, {"stage": stage}) == 0
+            assert sample(metrics, count, stage=stage) == 0
 
     async def test_a_score_that_is_no_number_is_never_picked_from(self, scorer, model):
         model.answers_with = float("nan")
@@ -244,7 +249,7 @@ class TestRoundedShapes:
         assert scores(bob) == [score_of(3)]
 
     async def test_padding_does_not_change_the_scores_of_a_real_model(
-        self, good_bundle, store, metrics
+        self, good_bundle, store, make_scorer
     ):
         model = OnnxModel(good_bundle)
         rng = np.random.default_rng(1)
@@ -260,11 +265,10 @@ class TestRoundedShapes:
         found = []
         for sizes in ((), (16,)):
             model.shapes = ShapeGrid(batches=sizes, candidates=sizes, lengths=sizes)
-            scorer = BatchScorer(model, store, metrics, on_redis_failure="refuse")
+            scorer = make_scorer(store, model=model)
             found.append([scores(answer) for answer in await score(scorer, requests)])
             # Alone, each has another exact shape still.
             found.append([scores((await score(scorer, [one]))[0]) for one in requests])
-            scorer.close()
         exact, *others = found
         for other in others:
             for scores_C, expected_C in zip(other, exact, strict=True):

@@ -43,10 +43,19 @@ def test_every_setting_is_a_flag_with_its_description_as_help(name):
     assert (Settings.model_fields[name].description or "") in text
 
 
-def test_only_the_bundle_must_be_given():
-    with pytest.raises(SettingsError, match=r"^bundle: Field required$"):
-        read_settings({})
+def test_only_what_is_served_must_be_given():
     assert read_settings({"bundle": "b"}) == Settings(bundle=Path("b"))
+    assert read_settings({"experiments": "e"}) == Settings(experiments=Path("e"))
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"bundle": "b", "experiments": "e"}], ids=["neither", "both"]
+)
+def test_a_bundle_or_experiments_must_be_given_and_not_both(flags):
+    with pytest.raises(
+        SettingsError, match=r"^settings: either a bundle or an experiments file must be given"
+    ):
+        read_settings(flags)
 
 
 def test_defaults_serve_one_machine():
@@ -127,7 +136,8 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
         pytest.param(Settings(bundle=Path("b")), id="defaults"),
         pytest.param(
             Settings(
-                bundle=Path("/a folder/of bundles"),
+                experiments=Path("/a folder/of experiments.toml"),
+                experiments_poll_s=0.7,
                 redis_url="rediss://user:p%40ss@redis:6380/3",
                 key_prefix="shop:a",
                 redis_timeout_s=0.1 + 0.2,
@@ -180,6 +190,7 @@ def test_the_settings_above_are_none_of_the_defaults():
         pytest.param({"redis_timeout_s": "-1"}, "redis_timeout_s: .* greater", id="negative"),
         pytest.param({"workers": "0"}, "workers: .* greater", id="no workers"),
         pytest.param({"workers": "257"}, "workers: .* less", id="many workers"),
+        pytest.param({"experiments_poll_s": "0"}, "experiments_poll_s: .* greater", id="no pause"),
         pytest.param({"max_batch_work": "0"}, "max_batch_work: .* greater", id="no work"),
         pytest.param({"max_body_bytes": "1e3"}, "max_body_bytes: .* integer", id="float"),
         pytest.param({"key_prefix": ""}, "key_prefix: String should have", id="empty prefix"),
@@ -195,8 +206,8 @@ def test_a_value_that_is_not_allowed_is_refused_with_its_name(flags, message):
 
 
 def test_all_that_is_wrong_is_said_at_once():
-    with pytest.raises(SettingsError, match=r"bundle: Field required; port: Input"):
-        read_settings({"port": "many"})
+    with pytest.raises(SettingsError, match=r"port: Input .*; provider: Input"):
+        read_settings({"port": "many", "provider": "tpu"})
 
 
 def test_settings_cannot_be_changed_later():
