@@ -109,7 +109,8 @@ class World:
     `item_ids` int64 [N]; `topics` int64 [N], -1 for special items; `popularity` float64 [N] within
     the topic; `appeals` float64 [N], what an item adds to the log-odds of a click.
     `ingredients` int64 [T, R, 2], base and accent; `interests` float64 [U, K], rows add up to 1;
-    `combinations` int8 [U, T] (`Combination`).
+    `combinations` int8 [U, T] (`Combination`). `history_end_s`: unix time at which the organic
+    histories are over and visits begin.
     """
 
     item_ids: NDArray[np.int64]
@@ -119,6 +120,7 @@ class World:
     ingredients: NDArray[np.int64]
     interests: NDArray[np.float64]
     combinations: NDArray[np.int8]
+    history_end_s: int
 
     @property
     def n_targets(self) -> int:
@@ -138,16 +140,26 @@ class World:
         return 1.0 / (1.0 + np.exp(-log_odds))
 
     def save(self, path: Path) -> None:
-        """Write the world as an .npz of plain arrays."""
-        with path.open("wb") as file:
-            np.savez_compressed(file, **vars(self))
+        """Write the world as an .npz of plain arrays, whole or not at all."""
+        staging = path.with_name(f".{path.name}.tmp")
+        try:
+            with staging.open("wb") as file:
+                np.savez_compressed(file, **vars(self))
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "World":
         """Read what `save` wrote; raises ValueError that names the file otherwise."""
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return cls(**{name: arrays[name] for name in arrays.files})
+                found = {name: arrays[name] for name in arrays.files}
+                # A number comes back as an array without dimensions.
+                world = cls(**{k: v if v.shape else v.item() for k, v in found.items()})
+                if not isinstance(world.history_end_s, int):
+                    raise ValueError("history_end_s must be a whole number")
+                return world
         except _DAMAGED as error:
             raise ValueError(f"{path}: not a world: {error}") from error
 
@@ -181,7 +193,26 @@ def make_world(settings: WorldSettings) -> World:
         ingredients=ingredients,
         interests=interests,
         combinations=combinations.astype(np.int8),
+        history_end_s=_START_S + settings.history_days * 86_400,
     )
+
+
+def draw_ordinary(
+    world: World, users: NDArray[np.int64], n: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return the indices of n ordinary items for each user, int64 [len(users), n].
+
+    Half of them come from the person's own topics, as a recall stage would choose; an item may
+    stand twice.
+    """
+    ordinary = np.flatnonzero(world.topics >= 0)
+    n_topics = world.interests.shape[1]
+    any_topic = rng.choice(ordinary, size=(len(users), n))
+    topic = _choose_rows(world.interests[users], n, rng)
+    own_topic = ordinary[
+        rng.integers(len(ordinary) // n_topics, size=topic.shape) * n_topics + topic
+    ]
+    return np.where(rng.random(topic.shape) < 0.5, own_topic, any_topic)
 
 
 def write_log(world: World, settings: WorldSettings, path: Path) -> int:
@@ -250,23 +281,14 @@ def _visits(world: World, settings: WorldSettings) -> pl.DataFrame:
     n_ordinary = settings.candidates - n_targets
     order_UT = rng.random((n_users, settings.targets)).argsort(axis=1)
     shown_targets = order_UT[:, : settings.visits * n_targets].reshape(n_users, settings.visits, -1)
-    ordinary = np.flatnonzero(world.topics >= 0)
-    shown_ordinary = rng.choice(ordinary, size=(n_users, settings.visits, n_ordinary))
-    # Half of the ordinary candidates come from the person's own topics, as a recall stage would.
-    topic = _choose_rows(world.interests, settings.visits * n_ordinary, rng).reshape(
-        shown_ordinary.shape
-    )
-    same_topic = ordinary[
-        rng.integers(len(ordinary) // settings.topics, size=topic.shape) * settings.topics + topic
-    ]
-    own = rng.random(topic.shape) < 0.5
-    items_UVC = np.concatenate([shown_targets, np.where(own, same_topic, shown_ordinary)], axis=2)
+    shown_ordinary = draw_ordinary(world, np.arange(n_users), settings.visits * n_ordinary, rng)
+    shown_ordinary = shown_ordinary.reshape(n_users, settings.visits, n_ordinary)
+    items_UVC = np.concatenate([shown_targets, shown_ordinary], axis=2)
     items_UVC = rng.permuted(items_UVC, axis=2)
     users_U11 = np.arange(n_users)[:, None, None]
     probability_UVC = world.click_probabilities(users_U11, items_UVC)
     clicks_UVC = rng.random(probability_UVC.shape) < probability_UVC
-    start_s = _START_S + settings.history_days * 86_400
-    times_UV = start_s + np.sort(
+    times_UV = world.history_end_s + np.sort(
         rng.integers(settings.visit_days * 86_400, size=(n_users, settings.visits)), axis=1
     )
     times_UVC = np.broadcast_to(times_UV[:, :, None], items_UVC.shape)

@@ -11,7 +11,14 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from loadtest.world import Combination, World, WorldSettings, make_world, write_log
+from loadtest.world import (
+    Combination,
+    World,
+    WorldSettings,
+    draw_ordinary,
+    make_world,
+    write_log,
+)
 from training.data.log import PreparedLog
 from training.data.prepare import PrepareOptions, prepare
 from training.data.readers import LogSource
@@ -124,6 +131,13 @@ class TestLog:
             written.log.select("user_id", "timestamp").sort("user_id", "timestamp")
         )
 
+    def test_histories_end_where_the_world_says_and_visits_begin_there(self, written):
+        end_s = written.world.history_end_s
+        is_organic = written.log["label"].is_null()
+        assert written.log.filter(is_organic)["timestamp"].max() < end_s
+        assert written.log.filter(~is_organic)["timestamp"].min() >= end_s
+        assert end_s - written.log["timestamp"].min() <= written.settings.history_days * 86_400
+
     def test_both_phases_last_as_long_as_they_should(self, written):
         settings, times = written.settings, written.log["timestamp"]
         assert times.max() - times.min() <= (settings.history_days + settings.visit_days) * 86_400
@@ -166,6 +180,21 @@ class TestLog:
         assert log.header.n_behaviors == 150 * 60 + written.log["label"].sum()
         assert log.probabilities is not None
         assert log.probabilities.tolist() == written.shown["click_probability"].to_list()
+
+
+class TestOrdinaryItems:
+    def test_have_topics_and_come_for_each_user(self, written):
+        drawn = draw_ordinary(written.world, np.array([3, 3, 7]), 4, np.random.default_rng(1))
+        assert drawn.shape == (3, 4)
+        assert (written.world.topics[drawn] >= 0).all()
+
+    def test_half_of_them_are_of_the_persons_own_topics(self, written):
+        """And of the other half those that fall on them by chance: three topics of five."""
+        world = written.world
+        users = np.arange(len(world.interests))
+        drawn = draw_ordinary(world, users, 200, np.random.default_rng(1))
+        own = world.interests[users[:, None], world.topics[drawn]] > 0
+        assert own.mean() == pytest.approx(0.5 + 0.5 * 3 / 5, abs=0.02)
 
 
 class TestProbabilities:
@@ -295,7 +324,8 @@ class TestFile:
         assert loaded.n_targets == written.settings.targets
         for name, values in vars(written.world).items():
             found = getattr(loaded, name)
-            assert found.dtype == values.dtype
+            assert type(found) is type(values)
+            assert np.asarray(found).dtype == np.asarray(values).dtype
             np.testing.assert_array_equal(found, values)
 
     def test_the_name_of_the_file_is_kept_as_it_is(self, tmp_path):
@@ -323,6 +353,32 @@ class TestFile:
         make_world(SMALL).save(path)
         path.write_bytes(path.read_bytes()[:-100])
         with pytest.raises(ValueError, match=r"world\.npz: not a world"):
+            World.load(path)
+
+    def test_nothing_but_the_world_is_left_behind(self, tmp_path):
+        """A file that was there stays whole until the new one is."""
+        path = tmp_path / "world.npz"
+        make_world(SMALL).save(path)
+        make_world(dataclasses.replace(SMALL, seed=2)).save(path)
+        assert [found.name for found in tmp_path.iterdir()] == ["world.npz"]
+        assert (
+            World.load(path).item_ids[0]
+            == make_world(dataclasses.replace(SMALL, seed=2)).item_ids[0]
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            pytest.param({"history_end_s": None}, "history_end_s", id="missing"),
+            pytest.param({"history_end_s": 1.5}, "must be a whole number", id="fraction"),
+            pytest.param({"history_end_s": [1, 2]}, "must be a whole number", id="several"),
+        ],
+    )
+    def test_a_world_without_the_end_of_its_histories_is_refused(self, tmp_path, changes, message):
+        arrays = {**vars(make_world(SMALL)), **changes}
+        path = tmp_path / "world.npz"
+        np.savez(path, **{name: values for name, values in arrays.items() if values is not None})
+        with pytest.raises(ValueError, match=rf"world\.npz: not a world: .*{message}"):
             World.load(path)
 
     def test_other_arrays_are_refused(self, tmp_path):
