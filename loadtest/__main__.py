@@ -1,4 +1,4 @@
-"""`python -m loadtest`: a synthetic world, the demo, and measurements of the service."""
+"""`python -m loadtest`: a synthetic world and its people, the demo, load, and measurements."""
 
 import argparse
 import sys
@@ -7,7 +7,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from contract.errors import ContractError
-from loadtest.benchmarks import http_rate, overhead, overload, race
+from loadtest import rate, replay
+from loadtest.ab import report, simulation
+from loadtest.benchmarks import ab, honesty, http_rate, overhead, overload, race
 from loadtest.benchmarks.engine import run_engine, run_length, run_soak
 from loadtest.benchmarks.stand import StandError
 from loadtest.bundles import BundleError
@@ -81,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("engine", "length", "http"):
             one.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
         one.set_defaults(run=_benchmark, measure=measure)
+    for module in (rate, replay, simulation, report, ab, honesty):
+        module.add_command(commands)
     return parser
 
 

@@ -23,15 +23,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
-from typing import IO, Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import IO, cast
 
 import httptools
 import numpy as np
 import uvloop
 from numpy.typing import NDArray
 
-Arrivals = Literal["poisson", "constant"]
+from loadtest.schedules import Arrivals, draw_arrivals, steady
 
 _OK = 200
 _NO_ANSWER = 0
@@ -81,6 +81,8 @@ class LoadResult:
     came within the timeout or the connection failed. `queued`: requests that found all allowed
     connections busy and had to wait for one; their wait is in the latency. There are some where
     the server is slow for its number of connections, or the client too busy to read its answers.
+    `unsent`: requests that never left, because no connection came free within the timeout or none
+    could be opened.
     """
 
     rate: float
@@ -90,6 +92,7 @@ class LoadResult:
     send_delays_s: NDArray[np.float64]
     statuses: dict[int, int]
     queued: int = 0
+    unsent: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.latencies_s)
@@ -139,6 +142,31 @@ class LoadResult:
         return int(np.count_nonzero(self._accepted_s <= limit_s))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScheduleResult(LoadResult):
+    """The same, request by request: `codes` int16 [N], the HTTP status, 0 where no answer came;
+    `waited` bool [N], whether it is counted as queued; `sent` bool [N], whether it left.
+    """
+
+    codes: NDArray[np.int16]
+    waited: NDArray[np.bool_]
+    sent: NDArray[np.bool_]
+
+    def select(self, chosen: NDArray[np.bool_], duration_s: float) -> "ScheduleResult":
+        """Return the result of the chosen requests (bool [N]) alone, which were due within
+        `duration_s` seconds. Raises ValueError when none is chosen.
+        """
+        return _schedule_result(
+            duration_s=duration_s,
+            arrivals_s=self.arrivals_s[chosen],
+            latencies_s=self.latencies_s[chosen],
+            send_delays_s=self.send_delays_s[chosen],
+            codes=self.codes[chosen],
+            waited=self.waited[chosen],
+            sent=self.sent[chosen],
+        )
+
+
 def run_open_loop(
     target: Target,
     bodies: Sequence[bytes],
@@ -154,39 +182,74 @@ def run_open_loop(
 ) -> LoadResult:
     """Offer `rate` requests a second for `duration_s` seconds; blocks until all are resolved.
 
-    Request i carries `bodies[i % len(bodies)]`. The traffic depends on `seed`, not on `processes`:
-    arrivals are drawn once and dealt out in turn. Every request is sent once and never again, not
-    even when the server closes the connection under it. An answer needs a Content-Length or
-    chunks: one that only the end of the connection delimits counts as none.
-
-    `timeout_s`: counts from the scheduled arrival, like the latency; the connection is closed then,
-    as a client would that gives up. `connections`: most open at a time, in all processes together.
-    A few unmeasured requests open connections first; they take the last of `bodies`. `cores`: what
-    the sending processes pin themselves to.
-
-    A server that is not there is a result like any other: every status is 0. Raises ValueError for
-    impossible arguments, LoadError when a sending process fails (its traceback goes to stderr).
+    Request i carries `bodies[i % len(bodies)]`. The traffic depends on `seed`, not on `processes`.
+    All else is as `run_schedule` says. Raises ValueError for impossible arguments, LoadError when a
+    sending process fails (its traceback goes to stderr).
     """
-    for name, value in {"rate": rate, "duration_s": duration_s, "timeout_s": timeout_s}.items():
+    for name, value in {"rate": rate, "duration_s": duration_s}.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
     if not bodies:
         raise ValueError("bodies must not be empty")
+    result = run_schedule(
+        (target.host, target.port),
+        [target.request(body) for body in bodies],
+        draw_arrivals(steady(rate, duration_s), arrivals, seed),
+        duration_s=duration_s,
+        timeout_s=timeout_s,
+        connections=connections,
+        processes=processes,
+        cores=cores,
+    )
+    return replace(result, rate=rate)
+
+
+def run_schedule(
+    address: tuple[str, int],
+    requests: Sequence[bytes],
+    arrivals_s: NDArray[np.float64],
+    *,
+    duration_s: float,
+    timeout_s: float = 2.0,
+    connections: int = 256,
+    processes: int = 1,
+    cores: Sequence[int] | None = None,
+    warm_up: bytes | None = None,
+) -> ScheduleResult:
+    """Send requests to `address` (host, port) when they are due; blocks until all are resolved.
+
+    `requests`: whole ones, head and body; number i % len(requests) is due at `arrivals_s[i]`,
+    seconds from the start, ascending, float64 [N]; they are dealt out to the processes in turn.
+    `duration_s`: of the schedule. Every request is sent once and never again, not even when the
+    server closes the connection under it. An answer needs a Content-Length or chunks: one that
+    only the end of the connection delimits counts as none.
+
+    `timeout_s`: counts from the scheduled arrival, like the latency; the connection is closed then,
+    as a client would that gives up. `connections`: most open at a time, in all processes together.
+    A few unmeasured requests open connections first: `warm_up`, or the last of `requests`.
+    `cores`: what the sending processes pin themselves to.
+
+    A server that is not there is a result like any other: every status is 0. Raises ValueError for
+    impossible arguments, LoadError when a sending process fails (its traceback goes to stderr).
+    """
+    for name, value in {"duration_s": duration_s, "timeout_s": timeout_s}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not requests:
+        raise ValueError("requests must not be empty")
     if not 1 <= processes <= connections:
         raise ValueError(
             f"processes must be within 1 .. connections ({connections}), got {processes}"
         )
-    arrivals_s = draw_arrivals(rate, duration_s, arrivals, seed)
-    if len(arrivals_s) == 0:
-        raise ValueError(f"no request falls into {duration_s} s at {rate} requests a second")
+    if not len(arrivals_s) or (np.diff(arrivals_s) < 0).any():
+        raise ValueError("arrivals must be ascending, and one at least")
 
     processes = min(processes, len(arrivals_s))
-
-    requests = [target.request(body) for body in bodies]
     jobs = [
         _Job(
-            address=(target.host, target.port),
-            requests=requests,
+            address=address,
+            requests=list(requests),
+            warm_up=list(requests[-_WARM_UP_REQUESTS:]) if warm_up is None else [warm_up],
             order=np.arange(first, len(arrivals_s), processes) % len(requests),
             arrivals_s=arrivals_s[first::processes],
             timeout_s=timeout_s,
@@ -195,42 +258,50 @@ def run_open_loop(
         )
         for first in range(processes)
     ]
-    outcomes = _run_jobs(jobs)
-
-    latencies_s, send_delays_s = np.empty_like(arrivals_s), np.empty_like(arrivals_s)
-    statuses: Counter[int] = Counter()
-    for first, outcome in enumerate(outcomes):
+    n = len(arrivals_s)
+    latencies_s, send_delays_s = np.empty(n), np.empty(n)
+    codes, waited, sent = np.empty(n, np.int16), np.empty(n, np.bool_), np.empty(n, np.bool_)
+    for first, outcome in enumerate(_run_jobs(jobs)):
         latencies_s[first::processes] = outcome.latencies_s
         send_delays_s[first::processes] = outcome.send_delays_s
-        statuses.update(outcome.statuses)
-    return LoadResult(
-        rate=rate,
+        codes[first::processes] = outcome.statuses
+        waited[first::processes] = outcome.waited
+        sent[first::processes] = outcome.sent
+    return _schedule_result(
         duration_s=duration_s,
         arrivals_s=arrivals_s,
         latencies_s=latencies_s,
         send_delays_s=send_delays_s,
-        statuses=dict(sorted(statuses.items())),
-        queued=sum(outcome.queued for outcome in outcomes),
+        codes=codes,
+        waited=waited,
+        sent=sent,
     )
 
 
-def draw_arrivals(
-    rate: float, duration_s: float, arrivals: Arrivals, seed: int
-) -> NDArray[np.float64]:
-    """Return when requests are due, in seconds within [0, duration_s), ascending, float64 [N].
-
-    "poisson" has independent exponential gaps, as a crowd of people makes them: N varies around
-    `rate` * `duration_s`. "constant" has gaps of 1 / `rate`, and does not read `seed`.
-    """
-    if arrivals == "constant":
-        return np.arange(math.ceil(rate * duration_s - 1e-9)) / rate
-    rng = np.random.default_rng(seed)
-    drawn = np.empty(0)
-    while len(drawn) == 0 or drawn[-1] < duration_s:
-        start_s = drawn[-1] if len(drawn) else 0.0
-        gaps = rng.exponential(1.0 / rate, size=math.ceil(rate * duration_s) + 16)
-        drawn = np.concatenate([drawn, start_s + np.cumsum(gaps)])
-    return drawn[drawn < duration_s]
+def _schedule_result(
+    *,
+    duration_s: float,
+    arrivals_s: NDArray[np.float64],
+    latencies_s: NDArray[np.float64],
+    send_delays_s: NDArray[np.float64],
+    codes: NDArray[np.int16],
+    waited: NDArray[np.bool_],
+    sent: NDArray[np.bool_],
+) -> ScheduleResult:
+    """Count what LoadResult counts; rate: the mean of what was due."""
+    return ScheduleResult(
+        rate=len(arrivals_s) / duration_s,
+        duration_s=duration_s,
+        arrivals_s=arrivals_s,
+        latencies_s=latencies_s,
+        send_delays_s=send_delays_s,
+        statuses=dict(sorted(Counter(codes.tolist()).items())),
+        queued=int(waited.sum()),
+        unsent=int((~sent).sum()),
+        codes=codes,
+        waited=waited,
+        sent=sent,
+    )
 
 
 def _nearest_rank(values: NDArray[np.float64], q: float) -> float:
@@ -249,10 +320,13 @@ def _nearest_rank(values: NDArray[np.float64], q: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
-    """One process's part; n is its number of requests. `order`, int64 [n]: which of `requests`."""
+    """One process's part; n is its number of requests. `order`, int64 [n]: which of `requests`.
+    `warm_up`: what opens connections, the last one first.
+    """
 
     address: tuple[str, int]
     requests: list[bytes]
+    warm_up: list[bytes]
     order: NDArray[np.int64]
     arrivals_s: NDArray[np.float64]
     timeout_s: float
@@ -267,7 +341,8 @@ class _Outcome:
         self.latencies_s = [math.inf] * n
         self.send_delays_s = [0.0] * n
         self.statuses = [_NO_ANSWER] * n
-        self.queued = 0
+        self.waited = [False] * n
+        self.sent = [True] * n
         self.unresolved = n
 
 
@@ -322,14 +397,17 @@ def _child_main() -> None:
         os.sched_setaffinity(0, job.cores)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         outcome = runner.run(_send(job))
-    pickle.dump(outcome, sys.stdout.buffer)
+    # Not sys.stdout.buffer: where PYTHONUNBUFFERED is set that is a raw file, which may write less
+    # than it is given, and pickle does not look.
+    with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as stdout:
+        pickle.dump(outcome, stdout)
 
 
 async def _send(job: _Job) -> _Outcome:
     with closing(_Sender(job)) as sender:
         n_warm_up = min(_WARM_UP_REQUESTS, job.connections)
-        last = [job.requests[-1 - i % len(job.requests)] for i in range(n_warm_up)]
-        await sender.send(last, [time.monotonic()] * n_warm_up)
+        warm_up = [job.warm_up[-1 - i % len(job.warm_up)] for i in range(n_warm_up)]
+        await sender.send(warm_up, [time.monotonic()] * n_warm_up)
         requests = [job.requests[i] for i in job.order.tolist()]
         # A collection would hold back sends and answers for milliseconds.
         gc.collect()
@@ -397,7 +475,8 @@ class _Sender:
             if not connection.is_closing():
                 connection.send(ticket, self._requests[ticket])
                 return
-        self._outcome.queued += len(self._open) + len(self._connecting) >= self._limit
+        if len(self._open) + len(self._connecting) >= self._limit:
+            self._outcome.waited[ticket] = True
         self._waiting.append(ticket)
         self._connect_if_needed()
 
@@ -417,12 +496,16 @@ class _Sender:
         except OSError:
             # Each attempt is one request's, so a server that is away is not asked in a tight loop.
             if self._waiting:
-                self._waiting.popleft()
-                self._resolve()
+                self._drop()
 
     def _connected(self, task: asyncio.Task[None]) -> None:
         self._connecting.discard(task)
         self._connect_if_needed()
+
+    def _drop(self) -> None:
+        """Give up the head of the line, which has not been sent."""
+        self._outcome.sent[self._waiting.popleft()] = False
+        self._resolve()
 
     def _resolve(self) -> None:
         self._outcome.unresolved -= 1
@@ -433,8 +516,7 @@ class _Sender:
         """Give up the requests whose time is over."""
         overdue_s = time.monotonic() - self._timeout_s
         while self._waiting and self._due_s[self._waiting[0]] < overdue_s:
-            self._waiting.popleft()
-            self._resolve()
+            self._drop()
         for connection in self._open:
             ticket = connection.ticket
             if ticket != _NO_TICKET and self._due_s[ticket] < overdue_s:

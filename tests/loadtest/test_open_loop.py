@@ -14,8 +14,16 @@ import httptools
 import numpy as np
 import pytest
 
-from loadtest.open_loop import LoadError, LoadResult, Target, draw_arrivals, run_open_loop
+from loadtest.open_loop import (
+    LoadError,
+    LoadResult,
+    ScheduleResult,
+    Target,
+    run_open_loop,
+    run_schedule,
+)
 from loadtest.redis_server import free_port
+from loadtest.schedules import draw_arrivals, steady
 
 # Body i tells the server that this is request i. More than any run here sends: the warm-up takes
 # the last ones, so that whatever the server does to request i, the warm-up is spared.
@@ -53,6 +61,13 @@ class SmallServer:
     def run(self, **options: Any) -> LoadResult:
         options = {"rate": 500.0, "duration_s": 0.1, "arrivals": "constant", "seed": 1, **options}
         return run_open_loop(self.target, BODIES, **options)
+
+    def run_at(self, arrivals_s: list[float], **options: Any) -> ScheduleResult:
+        """Send request i when it is due, in a schedule of a second."""
+        requests = [self.target.request(body) for body in BODIES]
+        address = (self.target.host, self.target.port)
+        options = {"duration_s": 1.0, **options}
+        return run_schedule(address, requests, np.array(arrivals_s), **options)
 
 
 class _Conversation(asyncio.Protocol):
@@ -189,27 +204,6 @@ def test_a_result_whose_arrays_differ_is_refused():
 # The traffic.
 
 
-def test_constant_arrivals_are_evenly_spaced_from_zero():
-    assert draw_arrivals(10.0, 0.5, "constant", 1).tolist() == [0.0, 0.1, 0.2, 0.3, 0.4]
-
-
-def test_poisson_arrivals_have_exponential_gaps_and_end_with_the_duration():
-    arrivals_s = draw_arrivals(1000.0, 20.0, "poisson", 1)
-    gaps_s = np.diff(arrivals_s)
-    assert len(arrivals_s) == pytest.approx(20_000, abs=5 * math.sqrt(20_000))
-    assert arrivals_s[0] > 0
-    assert 19.9 < arrivals_s[-1] < 20.0
-    assert gaps_s.min() >= 0
-    assert gaps_s.std() == pytest.approx(gaps_s.mean(), rel=0.05)
-    assert np.mean(gaps_s > gaps_s.mean()) == pytest.approx(math.exp(-1), abs=0.02)
-
-
-def test_poisson_arrivals_follow_the_seed():
-    first, again, other = (draw_arrivals(100.0, 1.0, "poisson", seed) for seed in (1, 1, 2))
-    assert first.tolist() == again.tolist()
-    assert first[:10].tolist() != other[:10].tolist()
-
-
 def test_a_request_is_prebuilt_byte_by_byte():
     target = Target(host="::1", port=80, path="/score?v=2", headers={"X-Deadline-Ms": "30"})
     assert target.request(b"{}") == (
@@ -226,7 +220,8 @@ def test_every_scheduled_request_is_sent_exactly_once(processes):
     with small_server(Reply()) as server:
         result = server.run(rate=2000.0, arrivals="poisson", processes=processes)
     n = len(result.latencies_s)
-    assert result.arrivals_s.tolist() == draw_arrivals(2000.0, 0.1, "poisson", 1).tolist()
+    expected_s = draw_arrivals(steady(2000.0, 0.1), "poisson", 1)
+    assert result.arrivals_s.tolist() == expected_s.tolist()
     n_warm_up = len(server.bodies) - n
     assert n_warm_up == N_WARM_UP * processes
     assert sorted(server.bodies[n_warm_up:], key=int) == BODIES[:n]
@@ -304,6 +299,78 @@ def test_busy_connections_are_joined_by_new_ones():
         result = server.run()
     assert len(server.connections) == 50
     assert result.queued == 0
+
+
+# Schedules.
+
+
+def test_requests_leave_when_a_schedule_has_them_due():
+    """Ten at once, a pause, one more: the server sees them in that order, and not before."""
+    seen_s: dict[int, float] = {}
+
+    def note(i):
+        seen_s[i] = time.monotonic()
+        return Reply()
+
+    with small_server(note) as server:
+        result = server.run_at([0.0] * 10 + [0.4])
+    assert result.rate == 11.0
+    assert result.statuses == {200: 11}
+    assert seen_s[10] - min(seen_s[i] for i in range(10)) > 0.2
+    assert result.arrivals_s.tolist() == [0.0] * 10 + [0.4]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_request_keeps_its_own_status(processes):
+    with small_server(lambda i: Reply(pieces=(EMPTY_503 if i % 3 == 0 else EMPTY_200,))) as server:
+        result = server.run_at(np.linspace(0.0, 0.2, 30).tolist(), processes=processes)
+    assert result.codes.tolist() == [503, 200, 200] * 10
+    assert result.sent.all()
+    assert not result.waited.any()
+
+
+def test_the_chosen_requests_are_counted_alone():
+    with small_server(lambda i: Reply(pieces=(EMPTY_503 if i < 10 else EMPTY_200,))) as server:
+        result = server.run_at(np.linspace(0.0, 0.2, 30).tolist())
+    chosen = np.arange(30) >= 5
+    part = result.select(chosen, 0.5)
+    assert part.statuses == {200: 20, 503: 5}
+    assert part.rate == 50.0
+    assert part.duration_s == 0.5
+    assert part.latencies_s.tolist() == result.latencies_s[5:].tolist()
+    with pytest.raises(ValueError, match="at least one request"):
+        result.select(np.zeros(30, np.bool_), 0.5)
+
+
+def test_what_never_left_is_counted_as_unsent():
+    """Two connections hold a request each until their time is over; all others wait for them."""
+    with small_server(lambda i: Reply(delay_s=60.0 if i < 20 else 0.0)) as server:
+        result = server.run_at([0.0] * 20, timeout_s=0.3, connections=2)
+    assert result.statuses == {0: 20}
+    assert result.queued == 18
+    # Whether those that waited were swept before or after a connection came free is chance.
+    assert 0 < result.unsent <= 18
+    assert result.unsent == np.count_nonzero(~result.sent)
+    assert result.sent[:2].all()
+
+
+def test_without_a_server_nothing_is_sent():
+    target = Target(host="127.0.0.1", port=free_port(), path="/")
+    result = run_schedule((target.host, target.port), [b"x"], np.zeros(5), duration_s=1.0)
+    assert result.unsent == 5
+    assert result.queued == 0
+
+
+def test_connections_can_be_opened_by_another_request():
+    with small_server(Reply()) as server:
+        server.run_at([0.0], warm_up=server.target.request(b"777"))
+    assert server.bodies == [b"777"] * N_WARM_UP + [b"0"]
+
+
+@pytest.mark.parametrize("arrivals_s", [[], [0.2, 0.1]], ids=["none", "descending"])
+def test_a_schedule_without_order_is_refused(arrivals_s):
+    with pytest.raises(ValueError, match="arrivals must be ascending, and one at least"):
+        run_schedule(("127.0.0.1", 1), [b"x"], np.array(arrivals_s), duration_s=1.0)
 
 
 # What goes wrong.
@@ -385,6 +452,14 @@ def test_a_client_that_falls_behind_says_so():
         result = server.run(rate=500_000.0, duration_s=0.01, timeout_s=10.0)
     assert result.late_sends_s > 0.001
     assert result.statuses == {200: 5000}
+
+
+def test_outcomes_larger_than_a_pipe_come_back_whole_however_python_buffers(monkeypatch):
+    """Without a buffer, what a full pipe does not take at once would be lost unnoticed."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    with small_server(Reply()) as server:
+        result = server.run(rate=100_000.0, duration_s=0.08, timeout_s=30.0)
+    assert result.statuses == {200: 8000}
 
 
 def test_the_caller_keeps_its_own_affinity():
