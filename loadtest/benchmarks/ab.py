@@ -22,6 +22,7 @@ import redis
 from tqdm import tqdm
 
 from contract.history_log import HistoryLog
+from loadtest.ab.comparison import LEVEL, Traffic
 from loadtest.ab.plan import Plan
 from loadtest.ab.report import (
     METRIC_MEANINGS,
@@ -32,7 +33,6 @@ from loadtest.ab.report import (
     markdown_table,
 )
 from loadtest.ab.simulation import SimulationError, add_plan_flags, plan_of, simulate
-from loadtest.ab.comparison import LEVEL, Traffic
 from loadtest.ab.visits import write_whole
 from loadtest.redis_server import free_port, redis_server
 from loadtest.results import table, write_section

@@ -11,9 +11,9 @@ import redis
 
 from contract.history_log import HistoryLog
 from contract.records import decode_records, encode_records
+from loadtest.ab.comparison import compare
 from loadtest.ab.report import Report
 from loadtest.ab.simulation import SimulationError
-from loadtest.ab.comparison import compare
 from loadtest.ab.visits import Run
 from loadtest.benchmarks.ab import (
     Results,
