@@ -25,18 +25,9 @@ from numpy.typing import NDArray
 
 from contract.history_log import HistoryLog
 from contract.records import MAX_TIME, MIN_ITEM, MIN_TIME
-from loadtest.rate import (
-    Part,
-    Run,
-    add_run_flags,
-    chosen_part,
-    conclude,
-    judge,
-    objective_of,
-    open_run,
-    preflight,
-    sending_of,
-)
+from loadtest.objective import add_run_flags, judge, objective_of, sending_of
+from loadtest.rate import preflight
+from loadtest.run_folder import Part, Run, chosen_part, conclude, open_run
 from loadtest.traffic import Sizes, parse_sizes, read_catalogue
 
 _COLUMNS = ("user_id", "item_id", "timestamp")

@@ -1,32 +1,19 @@
-"""`python -m loadtest rate` against a small real server, and its verdicts on given results."""
+"""`python -m loadtest rate` against a small real server, and its search on given results."""
 
 import argparse
 import json
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 
-from loadtest.open_loop import ScheduleResult, Target
-from loadtest.rate import (
-    FAIL,
-    INVALID,
-    PASS,
-    Objective,
-    Part,
-    RateError,
-    Run,
-    Sending,
-    add_command,
-    judge,
-    make_report,
-    markdown,
-    search,
-)
+from loadtest.objective import FAIL, INVALID, PASS, Objective, RateError
+from loadtest.rate import add_command, search
 from loadtest.redis_server import free_port
+from loadtest.run_folder import Run
+from tests.loadtest.given_results import SENDING, result_of
 from tests.loadtest.recording_server import recording_server
 
 # Another program may keep the generator waiting; only the tests about that are about that.
@@ -40,131 +27,6 @@ def rate(*flags: str) -> int:
     options = parser.parse_args(["rate", *flags])
     code: int = options.run(options)
     return code
-
-
-def result_of(latencies_s: list[float], **fields) -> ScheduleResult:
-    n = len(latencies_s)
-    codes = np.where(np.isfinite(latencies_s), 200, 503).astype(np.int16)
-    return ScheduleResult(
-        **{
-            "rate": n / 2.0,
-            "duration_s": 2.0,
-            "arrivals_s": np.linspace(0.0, 1.9, n),
-            "latencies_s": np.array(latencies_s),
-            "send_delays_s": np.zeros(n),
-            "statuses": {200: n},
-            "codes": codes,
-            "waited": np.zeros(n, np.bool_),
-            "sent": np.ones(n, np.bool_),
-            **fields,
-        }
-    )
-
-
-SENDING = Sending(
-    target=Target(host="127.0.0.1", port=1, path="/score"),
-    timeout_s=1.0,
-    connections=1,
-    processes=1,
-    max_late_s=0.001,
-)
-
-
-# Verdicts.
-
-
-def test_a_result_that_keeps_the_objective_passes():
-    verdict = judge(result_of([0.01] * 99 + [0.5]), Objective(max_errors=0.0), SENDING)
-    assert verdict.code == PASS
-    assert verdict.line == (
-        "PASS p99 10 ms, 99 % within 30 ms, errors 0 %, 50.0 requests/s answered"
-    )
-
-
-def test_every_miss_is_named_with_its_number_and_its_limit():
-    latencies_s = [0.01] * 90 + [0.0412] * 9 + [math.inf]
-    verdict = judge(result_of(latencies_s), Objective(min_rate=1500.0), SENDING)
-    assert verdict.code == FAIL
-    assert verdict.line == (
-        "FAIL: p99 41.2 ms > 30 ms; 90 % within 30 ms < 99 %; errors 1 % > 0.1 %; "
-        "49.5 requests/s answered < 1,500.0"
-    )
-
-
-def test_a_p99_of_failed_requests_is_infinite():
-    verdict = judge(result_of([0.01] * 90 + [math.inf] * 10), Objective(), SENDING)
-    assert verdict.line.startswith("FAIL: p99 infinite > 30 ms;")
-
-
-def test_an_objective_that_is_met_to_the_last_request_is_kept():
-    """One of a thousand fails: 1 - 0.999 is more than 0.001 to a float."""
-    latencies_s = [0.030] * 999 + [math.inf]
-    assert judge(result_of(latencies_s), Objective(), SENDING).code == PASS
-
-
-def test_a_generator_that_fell_behind_makes_a_run_invalid_whatever_it_measured():
-    delays_s = np.array([0.0] * 98 + [0.0032] * 2)
-    for latency_s in (0.01, 1.0):
-        verdict = judge(result_of([latency_s] * 100, send_delays_s=delays_s), Objective(), SENDING)
-        assert verdict.code == INVALID
-        assert verdict.line.startswith(
-            "INVALID: the generator fell behind: p99 of its delays 3.2 ms > 1 ms"
-        )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_p99_s": 0.0}, "max_p99_s must be positive seconds, got 0"),
-        ({"within_s": -1.0}, "within_s must be positive seconds, got -1"),
-        ({"min_share_within": 99.0}, r"min_share_within must be a share within 0 \.\. 1, got 99"),
-        ({"max_errors": -0.1}, r"max_errors must be a share within 0 \.\. 1, got -0.1"),
-        ({"min_rate": math.inf}, "min_rate must be 0 or more requests/s, got inf"),
-    ],
-)
-def test_impossible_objectives_are_refused(settings, message):
-    with pytest.raises(RateError, match=message):
-        Objective(**settings)
-
-
-# Reports.
-
-
-def test_the_report_is_json_and_an_infinite_percentile_is_null():
-    result = result_of([0.0101234] * 98 + [math.inf] * 2, statuses={200: 98, 503: 2})
-    done = Run(
-        verdict=judge(result, Objective(), SENDING),
-        judged=result,
-        parts=[Part(name="50x2", result=result), Part(name="0x5", result=None)],
-    )
-    report = json.loads(json.dumps(make_report(done, Objective(), 0.001), allow_nan=False))
-    assert report["verdict"] == "FAIL"
-    assert report["exit_code"] == 1
-    assert report["judged"]["p50_s"] == 0.0101234
-    assert report["judged"]["p99_s"] is None
-    assert report["judged"]["errors"] == 0.02
-    assert report["stages"][1] == {"stage": "0x5"}
-    assert report["statuses"] == {"200": 98, "503": 2}
-    page = markdown(report)
-    assert "| 50x2 | 100 | 50.0 | 49.0 | 10.123 | 10.123 | - | - | 98.00 | 2.000 |" in page
-    assert "by status: 98 of 200, 2 of 503" in page
-
-
-def test_late_queued_and_unsent_requests_are_counted():
-    n = 100
-    result = result_of(
-        [0.01] * n, send_delays_s=np.array([0.0005] * 97 + [0.002] * 3), queued=7, unsent=2
-    )
-    done = Run(
-        verdict=judge(result, Objective(), SENDING),
-        judged=result,
-        parts=[Part(name="50x2", result=result)],
-    )
-    report = make_report(done, Objective(), 0.001)
-    assert report["late_sends"]["requests"] == 3
-    assert report["late_sends"]["p99_s"] == report["late_sends"]["max_s"] == 0.002
-    assert report["judged"]["queued"] == 7
-    assert report["judged"]["unsent"] == 2
 
 
 # Runs.
@@ -362,8 +224,3 @@ def test_a_service_that_does_not_understand_is_an_error(tmp_path):
 def test_settings_that_cannot_be_run_are_refused_by_name(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         rate("--url", "http://127.0.0.1:1", "--folder", str(tmp_path / "run"), *flags)
-
-
-def test_the_sending_settings_reach_the_generator():
-    with pytest.raises(ValueError, match=r"processes must be within 1 \.\. connections \(1\)"):
-        replace(SENDING, processes=2).run([b"x"], np.zeros(1), 1.0)
