@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from contract.history_log import HistoryLog
 from loadtest.ab.comparison import LEVEL, Traffic
+from loadtest.ab.people import Habits
 from loadtest.ab.plan import Plan
 from loadtest.ab.report import (
     METRIC_MEANINGS,
@@ -312,7 +313,12 @@ def _read_bundles(texts: list[str]) -> dict[str, Path]:
 
 def _command(options: argparse.Namespace) -> str:
     bundles = " ".join(f"--bundle {text}" for text in options.bundle)
+    habits = " ".join(
+        f"--{habit.name.replace('_', '-')} {getattr(options, habit.name)}"
+        for habit in fields(Habits)
+        if getattr(options, habit.name) != habit.default
+    )
     return (
         f"python -m loadtest ab-results {options.world} {bundles} --log {options.log} "
-        f"--visits {options.visits} --aa-visits {options.aa_visits} --seed {options.seed}"
-    )
+        f"--visits {options.visits} --aa-visits {options.aa_visits} {habits}"
+    ).strip()
