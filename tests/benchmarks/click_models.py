@@ -52,7 +52,11 @@ ABLATIONS = (
     "model.segment=20",
 )
 _DEPTHS = (1, 4, 5, 6)
-_LENGTHS = {"kuairand": (25, 50), "books": (50, 200, 500, 1000)}
+_LENGTHS = {
+    "kuairand": (25, 50),
+    "books": (50, 200, 500, 1000),
+    "world": (50, 200, 500),
+}
 WORLD = WorldSettings(
     users=30_000,
     items=400,
@@ -144,9 +148,9 @@ def experiments(data: str, *, full: bool) -> Iterator[Experiment]:
     if data == "kuairand":
         for model in ("youtube-dnn", "imn-3p"):
             yield one(model, 'model.item_features=["category"]')
-    if data == "kuairand" or full:
+    if data in ("kuairand", "world") or full:
         for length in _LENGTHS.get(data, ()):
-            for model in ("youtube-dnn", "din", "imn-3p"):
+            for model in ("youtube-dnn", "din", "imn-3p-plus" if data == "world" else "imn-3p"):
                 yield one(model, f"features.history_length={length}")
 
 
