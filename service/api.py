@@ -126,6 +126,7 @@ async def recommend(
         deadline=started + USABLE_SHARE * deadline_s,
         has_left=request.is_disconnected,
     )
+    ranked = time.perf_counter()
     content = orjson.dumps(
         {
             "item_ids": found.item_ids,
@@ -138,7 +139,8 @@ async def recommend(
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
-    seconds = {**found.seconds, "total": time.perf_counter() - started}
+    now = time.perf_counter()
+    seconds = {**found.seconds, "respond": now - ranked, "total": now - started}
     for stage, taken_s in seconds.items():
         arm.metrics.observe_recommend_stage(stage, taken_s)
     arm.metrics.history_behaviors.observe(found.history_length)
@@ -179,9 +181,13 @@ async def events(body: EventsBody, request: Request) -> EventsAnswer:
         items, times = by_user.setdefault(event.user_id, ([], []))
         items.append(event.item_id)
         times.append(happened)
-    outcome = await services.history.append(
-        {user_id: encode_records(*behaviors) for user_id, behaviors in by_user.items()}
-    )
+    try:
+        outcome = await services.history.append(
+            {user_id: encode_records(*behaviors) for user_id, behaviors in by_user.items()}
+        )
+    except HistoryUnavailableError:
+        services.metrics.redis_failures.labels("append").inc()
+        raise
     appended = sum(count for count in outcome.values() if isinstance(count, int))
     broken = [error for error in outcome.values() if isinstance(error, CorruptHistoryError)]
     lost = sum(
@@ -251,4 +257,8 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Return all metrics in Prometheus' text format."""
-    return Response(_services(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    services = _services(request)
+    watch = services.watch
+    services.metrics.redis_up.set(await services.history.is_ready())
+    services.metrics.experiment_refused.set(watch is not None and watch.refused is not None)
+    return Response(services.metrics.text(), media_type=CONTENT_TYPE_LATEST)

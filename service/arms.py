@@ -44,11 +44,22 @@ class Arm:
     recommender: Recommender
     metrics: ArmMetrics
 
-    def observe(self, scored: Scored, *, waited_s: float, total_s: float) -> None:
-        """Count a request that has been scored."""
+    def observe(self, scored: Scored, *, waited_s: float, respond_s: float, total_s: float) -> None:
+        """Count a request that has been answered."""
+        self.metrics.observe_stage("respond", respond_s)
+        self.metrics.observe_stage("total", total_s)
+        self._observe_scored(scored, waited_s)
+
+    def observe_shadowed(self, scored: Scored, *, waited_s: float) -> None:
+        """Count a request that this arm, a shadow, has scored for nobody."""
+        taken_s = waited_s + scored.fetch_s + scored.encode_s + scored.infer_s
+        self.metrics.observe_stage("shadow", taken_s)
+        self.metrics.count_shadowed("scored")
+        self._observe_scored(scored, waited_s)
+
+    def _observe_scored(self, scored: Scored, waited_s: float) -> None:
         metrics = self.metrics
         metrics.observe_stage("queue", waited_s)
-        metrics.observe_stage("total", total_s)
         metrics.history_behaviors.observe(scored.history_length)
         if scored.unknown_candidates:
             metrics.unknown_candidates.inc(scored.unknown_candidates)
@@ -99,6 +110,7 @@ class Arms:
         self._open_model = open_model
         self._store = store
         self._metrics = metrics
+        metrics.queue_work_limit.set(settings.max_queue_work)
         self._device = SharedDevice()
         self._thread: ThreadPoolExecutor = device_thread()
         self._applying = asyncio.Lock()
@@ -283,6 +295,4 @@ def _count_shadow(arm: Arm, answer: "asyncio.Future[tuple[Scored, float]]") -> N
         arm.metrics.count_shadowed("failed")
         return
     scored, waited_s = answer.result()
-    total_s = waited_s + scored.fetch_s + scored.encode_s + scored.infer_s
-    arm.observe(scored, waited_s=waited_s, total_s=total_s)
-    arm.metrics.count_shadowed("scored")
+    arm.observe_shadowed(scored, waited_s=waited_s)

@@ -1,17 +1,32 @@
-"""Every metric of the service; durations are seconds."""
+"""Every metric of the service; durations are seconds. docs/metrics.md says what to ask of each."""
 
 import os
+import platform
 import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 # Where all workers keep their metrics; prometheus-client reads this name when it is imported.
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
-STAGES = ("fetch", "encode", "queue", "infer", "total")
+STAGES = ("fetch", "encode", "queue", "infer", "respond", "total")
+# In place of `total`: nobody waits for a shadow, and what its arm answers is counted apart.
+_SHADOW = "shadow"
+DROP_REASONS = ("overloaded", "hopeless", "deadline", "client left")
+_SHADOW_OUTCOMES = ("scored", "failed", "refused")
+# A series that begins at more than zero hides how it came to be so from every rate.
+_SCORE_STATUSES = (200, 429, 500, 503)
 
 # 0.5 ms .. 1 s, with an edge at 30 ms: the share within the budget is exact.
 _LATENCY_EDGES_S = (
@@ -41,6 +56,8 @@ _RECOMMEND_EDGES_S = (
 )
 # 1 .. 1,024 requests.
 _BATCH_EDGES = tuple(2**k for k in range(11))
+# 1 .. 100 million: requests x candidates x behaviors.
+_WORK_EDGES = (1, *(n * 10**k for k in range(2, 8) for n in (1, 3)), 10**8)
 # 0 .. 1,000 behaviors.
 _LENGTH_EDGES = (0, 1, 10, 30, 100, 300, 999, 1000)
 
@@ -53,6 +70,8 @@ class Metrics:
     """The metrics of one application, in a registry of its own."""
 
     def __init__(self) -> None:
+        # They are as many series again, and nothing asks for them.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "mneme_requests_total",
@@ -62,7 +81,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "mneme_stage_seconds",
-            "Time of a batch (fetch, encode, infer) or of a request (queue, total).",
+            "Time of a batch (fetch, encode, infer) or a request (queue, respond, total, shadow).",
             ("stage", *_ARM),
             buckets=_LATENCY_EDGES_S,
             registry=self.registry,
@@ -79,6 +98,19 @@ class Metrics:
             "Requests scored in one batch.",
             _ARM,
             buckets=_BATCH_EDGES,
+            registry=self.registry,
+        )
+        self.batch_work = Histogram(
+            "mneme_batch_work",
+            "Cells of one batch as it was run: requests x candidates x behaviors.",
+            _ARM,
+            buckets=_WORK_EDGES,
+            registry=self.registry,
+        )
+        self.padding = Counter(
+            "mneme_padded_cells_total",
+            "Those of the cells that were padding.",
+            _ARM,
             registry=self.registry,
         )
         self.history_behaviors = Histogram(
@@ -102,10 +134,22 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=self.registry,
         )
+        self.queue_work_limit = Gauge(
+            "mneme_queue_work_limit",
+            "Work that may wait in an arm before its requests are refused.",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
         self.dropped = Counter(
             "mneme_dropped_total",
             "Requests that were not scored, by reason.",
             ("reason", *_ARM),
+            registry=self.registry,
+        )
+        self.candidates = Counter(
+            "mneme_candidates_total",
+            "Candidates that were scored.",
+            _ARM,
             registry=self.registry,
         )
         self.unknown_candidates = Counter(
@@ -163,22 +207,58 @@ class Metrics:
             "Stored values that are no history, where an event was to be appended.",
             registry=self.registry,
         )
-        for outcome in ("applied", "refused"):  # there before the first change
+        self.redis_failures = Counter(
+            "mneme_redis_failures_total",
+            "Calls that Redis did not answer or refused, by operation.",
+            ("operation",),
+            registry=self.registry,
+        )
+        # Whoever is asked has just looked; what another worker saw earlier is no news.
+        self.redis_up = Gauge(
+            "mneme_redis_up",
+            "1 where Redis answered when these metrics were asked for.",
+            multiprocess_mode="livemostrecent",
+            registry=self.registry,
+        )
+        self.experiment_refused = Gauge(
+            "mneme_experiment_refused",
+            "1 where the experiments file, as it stands, is not applied.",
+            multiprocess_mode="livemostrecent",
+            registry=self.registry,
+        )
+        self.build_info = Gauge(
+            "mneme_build_info",
+            "1 for the program that serves.",
+            ("version", "python"),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.build_info.labels(_own_version(), platform.python_version()).set(1)
+        # There before the first of them.
+        for outcome in ("applied", "refused"):
             self.experiment_reloads.labels(outcome)
+        for outcome in ("appended", "duplicate", "refused"):
+            self.events.labels(outcome)
+        for operation in ("fetch", "append"):
+            self.redis_failures.labels(operation)
         self._refresh: list[Callable[[], None]] = []
         self._answers: dict[tuple[str, int, str, str], Counter] = {}
 
     def of_arm(self, arm: str, version: str) -> "ArmMetrics":
         """Return what one arm counts."""
+        for status in _SCORE_STATUSES:
+            self._answer(("/score", status, arm, version))
         return ArmMetrics(self, arm, version)
 
     def count_answer(self, route: str, status: int, *, arm: str = "", version: str = "") -> None:
         """Count an answer."""
         key = (route, status, arm, version)
-        counter = self._answers.get(key)
-        if counter is None:  # looking up labels costs more than counting
-            counter = self._answers[key] = self.requests.labels(*key)
-        counter.inc()
+        # Looking up labels costs more than counting.
+        (self._answers.get(key) or self._answer(key)).inc()
+
+    def _answer(self, key: tuple[str, int, str, str]) -> Counter:
+        counter = self._answers[key] = self.requests.labels(*key)
+        return counter
 
     def before_scrape(self, refresh: Callable[[], None]) -> Callable[[], None]:
         """Let `refresh` bring gauges up to date whenever metrics are asked for.
@@ -209,21 +289,27 @@ class ArmMetrics:
         self.arm, self.version = arm, version
         self.before_scrape = metrics.before_scrape
         self.batch_requests = metrics.batch_requests.labels(*labels)
+        self.batch_work = metrics.batch_work.labels(*labels)
+        self.padding = metrics.padding.labels(*labels)
         self.history_behaviors = metrics.history_behaviors.labels(*labels)
         self.queued_work = metrics.queued_work.labels(*labels)
         self.queued_requests = metrics.queued_requests.labels(*labels)
+        self.candidates = metrics.candidates.labels(*labels)
         self.unknown_candidates = metrics.unknown_candidates.labels(*labels)
         self.corrupt_histories = metrics.corrupt_histories.labels(*labels)
         self.degraded = metrics.degraded.labels(*labels)
-        self._dropped = metrics.dropped
-        self._shadowed = metrics.shadowed
-        self._stages = {stage: metrics.stage_seconds.labels(stage, *labels) for stage in STAGES}
+        self.fetch_failures = metrics.redis_failures.labels("fetch")
+        self._dropped = {why: metrics.dropped.labels(why, *labels) for why in DROP_REASONS}
+        self._shadowed = {one: metrics.shadowed.labels(one, *labels) for one in _SHADOW_OUTCOMES}
+        self._stages = {
+            stage: metrics.stage_seconds.labels(stage, *labels) for stage in (*STAGES, _SHADOW)
+        }
         self._recommend_stages = {
             stage: metrics.recommend_seconds.labels(stage, *labels) for stage in STAGES
         }
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """Record what one batch (fetch, encode, infer) or one request (queue, total) took."""
+        """Record what one batch (fetch, encode, infer) or one request (the others) took."""
         self._stages[stage].observe(seconds)
 
     def observe_recommend_stage(self, stage: str, seconds: float) -> None:
@@ -232,11 +318,18 @@ class ArmMetrics:
 
     def count_dropped(self, reason: str) -> None:
         """Count a request that was not scored."""
-        self._dropped.labels(reason, self.arm, self.version).inc()
+        self._dropped[reason].inc()
 
     def count_shadowed(self, outcome: str) -> None:
         """Count a request that this arm, a shadow, has scored or not."""
-        self._shadowed.labels(outcome, self.arm, self.version).inc()
+        self._shadowed[outcome].inc()
+
+
+def _own_version() -> str:
+    try:
+        return version("mneme")
+    except PackageNotFoundError:  # a folder of sources runs as well
+        return "unknown"
 
 
 def _forget_ended_workers(folder: Path) -> None:

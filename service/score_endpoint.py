@@ -147,11 +147,12 @@ async def _answer(arm: Arm, scored: Scored, waited_s: float, started: float, sen
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
-    total_s = time.perf_counter() - started
+    now = time.perf_counter()
+    respond_s, total_s = now - scored.ended, now - started
     timing = (
         f"fetch;dur={1000 * scored.fetch_s:.3f}, encode;dur={1000 * scored.encode_s:.3f}, "
         f"infer;dur={1000 * scored.infer_s:.3f}, queue;dur={1000 * waited_s:.3f}, "
-        f"total;dur={1000 * total_s:.3f}"
+        f"respond;dur={1000 * respond_s:.3f}, total;dur={1000 * total_s:.3f}"
     )
     headers = [
         (b"content-length", str(len(body)).encode()),
@@ -160,4 +161,4 @@ async def _answer(arm: Arm, scored: Scored, waited_s: float, started: float, sen
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-    arm.observe(scored, waited_s=waited_s, total_s=total_s)
+    arm.observe(scored, waited_s=waited_s, respond_s=respond_s, total_s=total_s)

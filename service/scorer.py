@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """Scores float32 [C] in the order asked, and where the time went (seconds by stage)."""
+    """Scores float32 [C] in the order asked, and where the time went (seconds by stage).
+
+    `ended`: when the run of its batch did, on the clock of `time.perf_counter`.
+    """
 
     scores: NDArray[np.float32]
     history_length: int
@@ -73,6 +76,16 @@ class Scored:
     fetch_s: float
     encode_s: float
     infer_s: float
+    ended: float
+
+
+class _Run(NamedTuple):
+    """One run of the model: scores float32 [B, C], padded; `cells` as they were run."""
+
+    scores: NDArray[np.float32]
+    cells: int
+    started: float
+    ended: float
 
 
 class BatchScorer:
@@ -179,9 +192,12 @@ class BatchScorer:
     async def run(self, batch: Sequence[Prepared]) -> list[Scored | ServiceError]:
         """Score encoded requests in one run of the model."""
         loop = asyncio.get_running_loop()
-        scores_BC, infer_s = await loop.run_in_executor(self._device, self._infer, batch)
-        self._metrics.batch_requests.observe(len(batch))
+        scores_BC, cells, started, ended = await loop.run_in_executor(
+            self._device, self._infer, batch
+        )
+        infer_s = ended - started
         self._metrics.observe_stage("infer", infer_s)
+        self._count(batch, cells)
         all_finite = bool(np.isfinite(scores_BC).all())
         return [
             Scored(
@@ -192,6 +208,7 @@ class BatchScorer:
                 fetch_s=one.fetch_s,
                 encode_s=one.encode_s,
                 infer_s=infer_s,
+                ended=ended,
             )
             if all_finite or bool(np.isfinite(scores_C).all())
             else ModelFailedError(_NOT_FINITE)
@@ -199,6 +216,14 @@ class BatchScorer:
                 (one, scores_BC[b, : len(one.candidate_items)]) for b, one in enumerate(batch)
             )
         ]
+
+    def _count(self, batch: Sequence[Prepared], cells: int) -> None:
+        metrics = self._metrics
+        filled = sum(len(one.candidate_items) * len(one.history_items) for one in batch)
+        metrics.batch_requests.observe(len(batch))
+        metrics.batch_work.observe(cells)
+        metrics.padding.inc(cells - filled)
+        metrics.candidates.inc(sum(len(one.candidate_items) for one in batch))
 
     async def _histories(
         self, requests: Sequence[ScoreRequest], length: int
@@ -210,6 +235,7 @@ class BatchScorer:
         try:
             found.update(zip(users, await self._history.fetch(users, length), strict=True))
         except HistoryUnavailableError as error:
+            self._metrics.fetch_failures.inc()
             degraded = self._cold
             found = dict.fromkeys(users, b"" if self._cold else error)
         return [
@@ -265,13 +291,12 @@ class BatchScorer:
         self, one: Prepared, pick: Callable[[NDArray[np.float32]], PickedT]
     ) -> tuple[PickedT, float]:
         started = time.perf_counter()
-        scores_BC, _ = self._infer([one])
-        scores_C = scores_BC[0, : len(one.candidate_items)]
+        scores_C = self._infer([one]).scores[0, : len(one.candidate_items)]
         if not np.isfinite(scores_C).all():
             raise ModelFailedError(_NOT_FINITE)
         return pick(scores_C), time.perf_counter() - started
 
-    def _infer(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.float32], float]:
+    def _infer(self, batch: Sequence[Prepared]) -> _Run:
         """Pad the batch to a shape of the model's and run it, in the device's thread."""
         started = time.perf_counter()
         shape = self.model.shapes.round_up(
@@ -294,7 +319,7 @@ class BatchScorer:
                 f"the model gave scores of shape {scores_BC.shape}, expected "
                 f"{(shape.batch, shape.candidates)}"
             )
-        return scores_BC, time.perf_counter() - started
+        return _Run(scores_BC, shape.work, started, time.perf_counter())
 
 
 def device_thread() -> ThreadPoolExecutor:

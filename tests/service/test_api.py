@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from service.metrics import STAGES
 from service.schemas import MAX_CANDIDATES, MAX_INLINE_BEHAVIORS
 from tests.service.dummy_model import HISTORY_LENGTH, KNOWN_ITEMS, UNKNOWN, score_of
 from tests.service.histories import DAY_S, NOW, records, steps
@@ -127,7 +128,7 @@ class TestScore:
     def test_server_timing_says_where_the_time_went(self, service):
         timing = service.score().headers["Server-Timing"]
         stages = dict(re.findall(r"(\w+);dur=(\d+\.\d{3})(?:, |$)", timing))
-        assert list(stages) == ["fetch", "encode", "infer", "queue", "total"]
+        assert list(stages) == ["fetch", "encode", "infer", "queue", "respond", "total"]
         parts = sum(float(ms) for stage, ms in stages.items() if stage != "total")
         assert parts <= float(stages["total"]) + 0.01
 
@@ -140,7 +141,8 @@ class TestScore:
         assert service.metric("mneme_unknown_candidates_total") == 2
         assert service.metric("mneme_history_behaviors_sum") == 3
         assert service.metric("mneme_history_behaviors_bucket", le="0.0") == 1
-        for stage in ("fetch", "encode", "queue", "infer", "total"):
+        assert service.metric("mneme_candidates_total") == 4
+        for stage in STAGES:
             assert service.metric("mneme_stage_seconds_count", stage=stage) == 2
 
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,12 +217,20 @@ class TestShadow:
         assert {shop.arm_of(user) for user in USERS} == {"din"}
         wait_until(lambda: self.scored(shop) == len(USERS), "the shadow has scored all")
         labels = {"arm": "next", "version": "next-v"}
-        assert shop.service.metric("mneme_stage_seconds_count", stage="total", **labels) == len(
-            USERS
-        )
+        counted = partial(shop.service.metric, "mneme_stage_seconds_count")
+        assert counted(stage="shadow", **labels) == len(USERS)
         assert shop.service.metric("mneme_requests_total", route="/score", status="200") == len(
             USERS
         )
+
+    def test_what_it_scores_for_nobody_is_no_part_of_what_is_answered_in_time(self, open_shop):
+        shop = open_shop(self.ARMS)
+        assert shop.arm_of("ann") == "din"
+        wait_until(lambda: self.scored(shop) == 1, "the shadow has scored it")
+        counted = partial(shop.service.metric, "mneme_stage_seconds_count")
+        assert counted(stage="total", arm="next", version="next-v") == 0
+        assert counted(stage="total") == 1
+        assert counted(stage="shadow", arm="din", version="din-v") == 0
 
     def test_it_listens_to_its_share(self, open_shop):
         shop = open_shop({**self.ARMS, "next": "share = 0.5\nshadow = true"})
@@ -307,9 +316,11 @@ class TestChangedFile:
         shop = open_shop(HALVES)
         shop.path.unlink()
         assert "cannot be read" in shop.refusal()
+        assert shop.service.metric("mneme_experiment_refused") == 1
         assert shop.arm_of("ann") in HALVES
         shop.apply(HALVES)
         assert shop.experiment()["refused"] is None
+        assert shop.service.metric("mneme_experiment_refused") == 0
 
     def test_half_a_file_is_refused_and_the_whole_is_applied(self, open_shop):
         shop = open_shop(HALVES)

@@ -97,7 +97,7 @@ class TestRecommend:
     def test_server_timing_says_where_the_time_went(self, service):
         timing = service.recommend().headers["Server-Timing"]
         stages = dict(re.findall(r"(\w+);dur=(\d+\.\d{3})(?:, |$)", timing))
-        assert list(stages) == ["fetch", "encode", "infer", "queue", "total"]
+        assert list(stages) == ["fetch", "encode", "infer", "queue", "respond", "total"]
         parts = sum(float(ms) for stage, ms in stages.items() if stage != "total")
         assert parts <= float(stages["total"]) + 0.01
 

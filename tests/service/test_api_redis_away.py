@@ -65,11 +65,16 @@ def test_it_recovers_when_redis_comes_back(serve, stoppable_redis):
     service = serve(redis_url=stoppable_redis.url)
     service.events(("ann", 5, NOW))
     assert service.scores("ann", ranking_time=NOW) == [score_of(1, behaviors=1, oldest=5)]
+    assert service.metric("mneme_redis_up") == 1
     stoppable_redis.stop()
     assert_retry(service.score("ann"), 503, "history-unavailable")
     assert_retry(service.events(("ann", 6, NOW)), 503, "history-unavailable")
     assert service.client.get("/readyz").status_code == 503
+    assert service.metric("mneme_redis_up") == 0
+    assert service.metric("mneme_redis_failures_total", operation="fetch") == 1
+    assert service.metric("mneme_redis_failures_total", operation="append") == 1
     stoppable_redis.start()
+    assert service.metric("mneme_redis_up") == 1
     assert service.client.get("/readyz").status_code == 200
     assert service.events(("ann", 7, NOW)).json() == {"appended": 1, "duplicates": 0}
     assert service.scores("ann", ranking_time=NOW) == [score_of(1, behaviors=1, oldest=7)]

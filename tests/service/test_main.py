@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -261,13 +262,12 @@ class Workers:
     def samples(self) -> dict[str, float]:
         """Return those samples of /metrics that this test sums, from whoever answers."""
         text = httpx.get(f"{self.url}/metrics", trust_env=False).text
-        return {
-            f"{sample.name} {sample.labels.get('route', sample.labels.get('stage', ''))}": (
-                sample.value
-            )
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        sums: defaultdict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                part = sample.labels.get("route", sample.labels.get("stage", ""))
+                sums[f"{sample.name} {part}"] += sample.value
+        return sums
 
     def assert_sums(self, n_scored: int) -> None:
         """Expect the same sums, whichever worker is asked."""

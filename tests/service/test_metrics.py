@@ -1,13 +1,15 @@
 """Metrics of one process, and of several that share a folder."""
 
 import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import FOLDER_VARIABLE, STAGES, Metrics
+from service.metrics import DROP_REASONS, FOLDER_VARIABLE, STAGES, Metrics
 from tests.service.arm_metrics import of_arm, sample
 from tests.service.live_service import PATIENCE_S
 
@@ -23,7 +25,10 @@ main = metrics.of_arm("main", "dummy-1")
 main.observe_stage("total", 0.02)
 main.queued_requests.set(5)
 main.queued_work.set(500)
+metrics.queue_work_limit.set(1000)
+metrics.redis_up.set(0)
 """
+SEE_REDIS = "metrics.redis_up.set(1)\n"
 SAY = "print(metrics.text().decode())"
 DIE = "os._exit(0)"
 
@@ -103,7 +108,35 @@ def test_arms_count_for_themselves():
     assert found["mneme_dropped_total", ("imn", "deadline", "imn-1")] == 1
     assert found["mneme_shadowed_total", ("imn", "scored", "imn-2")] == 2
     assert found["mneme_shadowed_total", ("imn", "failed", "imn-2")] == 1
-    assert ("mneme_dropped_total", ("imn", "deadline", "imn-2")) not in found
+    assert found["mneme_dropped_total", ("imn", "deadline", "imn-2")] == 0
+
+
+@pytest.mark.parametrize("reason", DROP_REASONS)
+def test_each_reason_is_there_before_anybody_was_dropped(reason):
+    """A counter that begins above zero hides its first requests from every rate."""
+    metrics = Metrics()
+    arm = of_arm(metrics)
+    assert sample(metrics, "mneme_dropped_total", reason=reason) == 0
+    arm.count_dropped(reason)
+    assert sample(metrics, "mneme_dropped_total", reason=reason) == 1
+
+
+@pytest.mark.parametrize("status", ["200", "429", "500", "503"])
+def test_each_answer_that_counts_is_there_before_the_first(status):
+    metrics = Metrics()
+    of_arm(metrics)
+    assert sample(metrics, "mneme_requests_total", route="/score", status=status) == 0
+
+
+def test_the_program_says_its_version():
+    found = samples(Metrics().text().decode())
+    assert found["mneme_build_info", (platform.python_version(), version("mneme"))] == 1
+
+
+def test_no_series_say_when_others_were_created():
+    metrics = Metrics()
+    of_arm(metrics)
+    assert b"_created" not in metrics.text()
 
 
 def test_workers_that_ended_leave_what_they_counted_and_nothing_that_waits(tmp_path):
@@ -121,10 +154,40 @@ def test_workers_that_ended_leave_what_they_counted_and_nothing_that_waits(tmp_p
 
     worker(DIE)
     worker(DIE)
-    found = samples(worker(SAY))
+    found = samples(worker(SEE_REDIS + SAY))
     main = ("main", "dummy-1")
     assert found["mneme_requests_total", ("main", "/score", "200", "dummy-1")] == 3 * 2
     assert found["mneme_stage_seconds_count", ("main", "total", "dummy-1")] == 3
     assert found["mneme_queued_requests", main] == 5
     assert found["mneme_queued_work", main] == 500
+    assert found["mneme_queue_work_limit", ()] == 1000
+    assert found["mneme_redis_up", ()] == 1
     assert found["mneme_model_info", ("main", "dummy", "dummy-1")] == 1
+
+
+def test_of_workers_that_live_the_limits_add_up_and_the_latest_look_at_redis_counts(tmp_path):
+    environment = {**os.environ, FOLDER_VARIABLE: str(tmp_path)}
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WORKER + "print('there', flush=True); input()"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "there\n"
+        asked = subprocess.run(
+            [sys.executable, "-c", WORKER + SEE_REDIS + SAY],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=True,
+        )
+        waiting.communicate("\n", timeout=PATIENCE_S)
+    found = samples(asked.stdout)
+    assert found["mneme_queue_work_limit", ()] == 2 * 1000
+    assert found["mneme_queued_work", ("main", "dummy-1")] == 2 * 500
+    assert found["mneme_redis_up", ()] == 1
+    assert found["mneme_build_info", (platform.python_version(), version("mneme"))] == 1

@@ -1,5 +1,6 @@
 """A batch from Redis to scores: who is scored by what, and whose error is whose."""
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.service.arm_metrics import of_arm, sample
 from tests.service.dummy_model import HISTORY_LENGTH, UNKNOWN, DummyModel, score_of
 from tests.service.histories import DAY_S, NOW, records, steps
 from tests.service.tiny_bundle import ITEM_IDS
+
+FAILED_FETCHES = ("mneme_redis_failures_total", {"operation": "fetch"})
 
 
 def request(
@@ -150,8 +153,10 @@ class TestScores:
         assert sample(metrics, "mneme_batch_requests_count") == 1
 
     async def test_the_time_of_each_stage_is_told(self, scorer):
+        began = time.perf_counter()
         (answer,) = await score(scorer, [request("ann")])
         assert min(answer.fetch_s, answer.encode_s, answer.infer_s) > 0
+        assert began + answer.infer_s < answer.ended <= time.perf_counter()
 
 
 class TestStages:
@@ -218,6 +223,7 @@ class TestAlone:
         one, _ = await scorer.prepare_alone(request("ann"), whole=False)
         await scorer.run_alone(one, len)
         assert sample(metrics, "mneme_batch_requests_count") == 0
+        assert sample(metrics, "mneme_batch_work_count") == 0
         for stage in ("fetch", "encode", "infer"):
             count = "mneme_stage_seconds_count"
             assert sample(metrics, count, stage=stage) == 0
@@ -247,6 +253,16 @@ class TestRoundedShapes:
         assert run.candidate_items.shape == (4, 5)
         assert scores(ann) == [score_of(c, behaviors=3, oldest=5) for c in (1, 2)]
         assert scores(bob) == [score_of(3)]
+
+    async def test_the_cells_of_a_batch_and_those_that_are_padding_are_counted(
+        self, scorer, redis, model, metrics
+    ):
+        model.shapes = ShapeGrid(batches=(1, 4), candidates=(5, 10), lengths=(2, 6))
+        redis.set("history:ann", records(*steps(5, 6, 7)))
+        await score(scorer, [request("ann", 1, 2, at=NOW + 2), request("bob", 3)])
+        assert sample(metrics, "mneme_batch_work_sum") == 4 * 5 * 6
+        assert sample(metrics, "mneme_padded_cells_total") == 4 * 5 * 6 - 2 * 3
+        assert sample(metrics, "mneme_candidates_total") == 3
 
     async def test_padding_does_not_change_the_scores_of_a_real_model(
         self, good_bundle, store, make_scorer
@@ -313,10 +329,13 @@ class TestCorruptHistories:
 
 
 class TestRedisAway:
-    async def test_requests_that_need_it_fail_and_others_do_not(self, make_scorer, away_store):
+    async def test_requests_that_need_it_fail_and_others_do_not(
+        self, make_scorer, away_store, metrics
+    ):
         scorer = make_scorer(away_store)
         ann, bob = await score(scorer, [request("ann"), request("bob", history=records((5, NOW)))])
         assert isinstance(ann, HistoryUnavailableError)
+        assert metrics.registry.get_sample_value(*FAILED_FETCHES) == 1
         assert scores(bob) == [score_of(1, behaviors=1, oldest=5)]
 
     async def test_or_are_scored_cold_where_the_operator_says_so(self, make_scorer, away_store):
