@@ -20,6 +20,7 @@ from service.errors import (
     ModelFailedError,
     NotRecommendableError,
     OverloadedError,
+    UnknownArmError,
 )
 from service.experiment import Experiment
 from service.problems import responses
@@ -63,6 +64,7 @@ def _services(request: Request) -> Services:
     response_model=ScoreAnswer,
     responses=responses(
         InvalidRequestError,
+        UnknownArmError,
         BodyTooLargeError,
         OverloadedError,
         HistoryUnavailableError,
@@ -87,6 +89,7 @@ async def score(body: ScoreBody, x_deadline_ms: DeadlineMs = None) -> Response:
     response_model=RecommendAnswer,
     responses=responses(
         InvalidRequestError,
+        UnknownArmError,
         BodyTooLargeError,
         NotRecommendableError,
         OverloadedError,
