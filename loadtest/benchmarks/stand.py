@@ -92,12 +92,13 @@ class RunningService:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return one sample of /metrics, 0 where there is none."""
-        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
-            for sample in family.samples:
-                if sample.name == name and sample.labels == labels:
-                    return float(sample.value)
-        return 0.0
+        """Return the sum of the samples of /metrics that have these labels, 0 without any."""
+        return sum(
+            float(sample.value)
+            for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
 
 @contextmanager
