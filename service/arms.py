@@ -160,7 +160,8 @@ class Arms:
         """Serve by another experiment from one moment to the next, or raise and change nothing.
 
         An arm goes on as it is where its bundle and its history length are the same; what is not
-        served any more answers what it has taken. Raises ContractError or ExperimentError.
+        served any more answers what it has taken. Raises ContractError, ExperimentError or, from a
+        model that cannot be warmed up, ServiceError.
         """
         async with self._applying:
             old = {} if self._served is None else dict(self._served.arms)
@@ -249,7 +250,11 @@ class Arms:
             block_items=settings.recommend_block_items,
             metrics=metrics,
         )
-        await recommender.warm_up()
+        try:
+            await recommender.warm_up()
+        except BaseException:
+            await batcher.stop()  # which gives its seat up
+            raise
         batcher.start()
         return Arm(
             name=name,

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from contract.errors import ContractError
+from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, parse_experiment, read_content
 from service.metrics import Metrics
 
@@ -15,7 +16,8 @@ _log = logging.getLogger(__name__)
 class ExperimentWatch:
     """Looks at a file every `poll_s` seconds. Its content counts, not its time of change.
 
-    `apply`: takes a new experiment, or raises ContractError or ExperimentError and changes nothing.
+    `apply`: takes a new experiment, or raises ContractError, ExperimentError or ServiceError and
+    changes nothing.
     `refused`: why the file, as it stands, is not applied; None where it is.
     """
 
@@ -45,7 +47,7 @@ class ExperimentWatch:
             await asyncio.sleep(self._poll_s)
             try:
                 await self._look()
-            except (ContractError, ExperimentError) as error:
+            except (ContractError, ExperimentError, ServiceError) as error:
                 self._refuse(str(error))
             except Exception as error:  # noqa: BLE001  # whatever it is, what is applied goes on
                 _log.exception("unexpected error")

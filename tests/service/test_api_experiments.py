@@ -312,6 +312,16 @@ class TestChangedFile:
         assert {user: shop.arm_of(user) for user in USERS} == before
         assert shop.reloads("refused") == 1
 
+    def test_a_model_that_cannot_be_warmed_up_is_refused_and_leaves_nothing_behind(self, open_shop):
+        shop = open_shop({"din": "share = 1"})
+        shop.models["imn"].fails_with = RuntimeError("broken")
+        shop.write({"imn": "share = 1"})
+        assert shop.refusal() == "the model failed: broken"
+        assert shop.arm_of("ann") == "din"
+        shop.models["imn"].fails_with = None
+        shop.apply({"imn": "share = 1"}, salt="another")
+        assert shop.arm_of("ann") == "imn"
+
     def test_a_file_that_goes_away_changes_nothing_and_may_come_back(self, open_shop):
         shop = open_shop(HALVES)
         shop.path.unlink()
