@@ -33,6 +33,7 @@ from service.settings import (
     read_settings,
     write_settings,
 )
+from service.titles import read_titles
 
 _BACKFILL_TIMEOUT_S = 30.0
 
@@ -72,6 +73,7 @@ def _serve(arguments: list[str]) -> int:
         _listen(settings, create_app(settings, open_model))
         return 0
     opened.clear()
+    read_titles(settings.titles)
     with TemporaryDirectory(prefix="mneme-metrics-") as folder:
         # Workers are new processes: they read all of it when they begin.
         os.environ.update(write_settings(settings))
