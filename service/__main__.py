@@ -61,6 +61,7 @@ def _serve(arguments: list[str]) -> int:
         raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
+    read_titles(settings.titles)
     bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
     opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
     versions = ", ".join(model.manifest.model_version for model in opened.values())
@@ -73,7 +74,6 @@ def _serve(arguments: list[str]) -> int:
         _listen(settings, create_app(settings, open_model))
         return 0
     opened.clear()
-    read_titles(settings.titles)
     with TemporaryDirectory(prefix="mneme-metrics-") as folder:
         # Workers are new processes: they read all of it when they begin.
         os.environ.update(write_settings(settings))
