@@ -4,6 +4,8 @@ manifest.json    what it is, how to encode for it, and the sha256 and size of ev
 model.onnx       the graph (with model.onnx.data beside it where tables are large)
 catalogue.npy    int64 item ids, ascending
 golden.npz       requests and the scores they must get
+explain.onnx     where the model can tell: the same scores, and what each behavior weighs (with
+                 explain.onnx.data beside it where tables are large)
 """
 
 import hashlib
@@ -23,10 +25,13 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 CATALOGUE = "catalogue.npy"
 GOLDEN = "golden.npz"
+EXPLAIN = "explain.onnx"
 REQUIRED_FILES = (MODEL, CATALOGUE, GOLDEN)
 
 INPUT_NAMES = ("history_items", "history_buckets", "candidate_items")
 OUTPUT_NAME = "scores"
+# Of the explain graph, beside the scores [B, C]: float32 [B, C, P, L], P passes over the history.
+WEIGHTS_NAME = "weights"
 
 ScoreKind = Literal["probability", "affinity"]
 Precision = Literal["fp32", "tf32", "fp16"]
@@ -72,6 +77,11 @@ class Manifest(BaseModel):
     data_fingerprint: str
     produced_with: dict[str, str]
     files: dict[str, FileEntry]
+
+    @property
+    def explains(self) -> bool:
+        """Return whether the bundle holds an explain graph."""
+        return EXPLAIN in self.files
 
     @model_validator(mode="after")
     def _files_are_plain_names(self) -> "Manifest":

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import nn
 
@@ -19,7 +20,14 @@ from contract.golden import GoldenRows
 from contract.records import MAX_ITEM, encode_records
 from exporter.convert import OPSET, convert
 from exporter.errors import ExportError
-from exporter.parity import ParityRow, open_session, prove_signature, prove_values
+from exporter.parity import (
+    VALUE_TOLERANCE,
+    ParityRow,
+    open_session,
+    prove_explanations,
+    prove_signature,
+    prove_values,
+)
 from exporter.precision import (
     MIN_TOLERANCE,
     aucs_on_test_part,
@@ -31,6 +39,7 @@ from training.checkpoint import TrainedModel, load_model
 from training.config import NextItemModelConfig
 from training.data.log import PreparedLog
 from training.folders import staged_folder
+from training.models.build import Explainer, Scorer, explains
 
 _GOLDEN_TIME = 1_700_000_000
 _GOLDEN_CANDIDATES = 10
@@ -77,6 +86,8 @@ def export(
                     aucs = aucs_on_test_part(trained, prepared, [scorer, variant])
                     report_aucs(*aucs)
                     auc_change = aucs[1] - aucs[0]
+            if explains(trained.model):
+                _explain_graph(scorer, session, spec, n_rows, staging, precision, tolerance)
             np.save(staging / bundle.CATALOGUE, trained.catalogue.item_ids)
             golden_rows(scorer, spec, trained.catalogue).save(staging / bundle.GOLDEN)
             manifest = Manifest(
@@ -107,6 +118,26 @@ def export(
     except FileExistsError as error:
         raise ExportError(str(error)) from error
     return manifest
+
+
+def _explain_graph(
+    scorer: Scorer,
+    scoring_graph: ort.InferenceSession,
+    spec: FeatureSpec,
+    n_rows: int,
+    folder: Path,
+    precision: Precision,
+    golden_tolerance: float,
+) -> None:
+    """Write the explain graph of a model, in the precision of the scoring graph, and prove it."""
+    path, explainer = folder / bundle.EXPLAIN, Explainer(scorer).eval()
+    convert(explainer, spec, path, (bundle.OUTPUT_NAME, bundle.WEIGHTS_NAME))
+    if precision == "fp16":
+        halve(path)
+    graph = open_session(path)
+    prove_signature(graph, spec, n_passes=explainer.n_passes)
+    tolerance = golden_tolerance if precision == "fp16" else VALUE_TOLERANCE
+    prove_explanations(graph, scoring_graph, explainer, spec, n_rows, tolerance=tolerance)
 
 
 def golden_rows(scorer: nn.Module, spec: FeatureSpec, catalogue: Catalogue) -> GoldenRows:

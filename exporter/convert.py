@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +19,12 @@ OPSET = 20
 _MAX_EMBEDDED_BYTES = 1 << 30
 
 
-def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
+def convert(
+    scorer: nn.Module, spec: FeatureSpec, path: Path, outputs: Sequence[str] = (OUTPUT_NAME,)
+) -> None:
     """Write the graph of `scorer` to `path` (and `path`.data, when its tables are large).
 
-    Raises ExportError when torch cannot convert the model.
+    `outputs`: names of what it returns. Raises ExportError when torch cannot convert the model.
     """
     batch, candidates = torch.export.Dim("B", min=1), torch.export.Dim("C", min=1)
     history = {0: batch}
@@ -47,7 +49,7 @@ def convert(scorer: nn.Module, spec: FeatureSpec, path: Path) -> None:
                 _example(spec),
                 dynamo=True,
                 input_names=INPUT_NAMES,
-                output_names=[OUTPUT_NAME],
+                output_names=outputs,
                 opset_version=OPSET,
                 verbose=False,
                 dynamic_shapes=(history, history, {0: batch, 1: candidates}),

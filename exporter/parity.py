@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from contract.bundle import INPUT_NAMES, OUTPUT_NAME
+from contract.bundle import INPUT_NAMES, OUTPUT_NAME, WEIGHTS_NAME
 from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW
 from contract.encoding import ModelInputs
 from contract.features import FeatureSpec
@@ -26,6 +26,8 @@ VALUE_TOLERANCE = 1e-5
 _BATCH_SIZES = (1, 2, 8)
 _LENGTHS = (1, 7, 100, 1000)
 _CANDIDATES = (1, 10, 500)
+# Explanations are asked for few.
+_EXPLAINED_CANDIDATES = (1, 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +52,28 @@ def open_session(path: Path) -> ort.InferenceSession:
         raise ExportError(f"onnxruntime cannot load {path.name}: {error}") from error
 
 
-def prove_signature(session: ort.InferenceSession, spec: FeatureSpec) -> None:
-    """Raise unless names, axes and element types are those of the contract."""
+def prove_signature(
+    session: ort.InferenceSession, spec: FeatureSpec, *, n_passes: int | None = None
+) -> None:
+    """Raise unless names, axes and element types are those of the contract.
+
+    `n_passes`: of an explain graph, which gives weights beside the scores.
+    """
     inputs, outputs = session.get_inputs(), session.get_outputs()
+    output_names = (OUTPUT_NAME,) if n_passes is None else (OUTPUT_NAME, WEIGHTS_NAME)
     _prove_equal(NameMismatchError, "inputs", tuple(i.name for i in inputs), INPUT_NAMES)
-    _prove_equal(NameMismatchError, "outputs", tuple(o.name for o in outputs), (OUTPUT_NAME,))
+    _prove_equal(NameMismatchError, "outputs", tuple(o.name for o in outputs), output_names)
     for node in inputs:
         _prove_equal(TypeMismatchError, node.name, node.type, "tensor(int64)")
-    _prove_equal(TypeMismatchError, OUTPUT_NAME, outputs[0].type, "tensor(float)")
+    for node in outputs:
+        _prove_equal(TypeMismatchError, node.name, node.type, "tensor(float)")
     length = "L" if spec.history_length > 1 else 1
     axes = {
         "history_items": ["B", length],
         "history_buckets": ["B", length, len(spec.granularities)],
         "candidate_items": ["B", "C"],
         OUTPUT_NAME: ["B", "C"],
+        WEIGHTS_NAME: ["B", "C", n_passes, length],
     }
     for node in (*inputs, *outputs):
         _prove_equal(AxisMismatchError, node.name, list(node.shape), axes[node.name])
@@ -88,14 +98,39 @@ def prove_values(
     ]
 
 
+def prove_explanations(
+    graph: ort.InferenceSession,
+    scoring_graph: ort.InferenceSession,
+    explainer: nn.Module,
+    spec: FeatureSpec,
+    n_rows: int,
+    *,
+    tolerance: float = VALUE_TOLERANCE,
+) -> None:
+    """Raise ValueMismatchError unless an explain graph gives the scores of the scoring graph (see
+    ParityRow) and the weights of the model, over a grid of shapes.
+    """
+    rng = np.random.default_rng(0)
+    for inputs in example_inputs(spec, n_rows, rng, candidates=_EXPLAINED_CANDIDATES):
+        _compare(graph, scoring_graph, inputs, tolerance)
+        (found,) = graph.run([WEIGHTS_NAME], inputs.as_feed())
+        with torch.inference_mode():
+            _, weights = explainer(*map(torch.from_numpy, inputs.as_feed().values()))
+        _prove_close(WEIGHTS_NAME, found, weights.numpy(), inputs, tolerance)
+
+
 def example_inputs(
-    spec: FeatureSpec, n_rows: int, rng: np.random.Generator
+    spec: FeatureSpec,
+    n_rows: int,
+    rng: np.random.Generator,
+    *,
+    candidates: Sequence[int] = _CANDIDATES,
 ) -> Iterator[ModelInputs]:
     """Yield random inputs at every shape of the grid."""
     lengths = sorted({min(length, spec.history_length) for length in _LENGTHS})
     for batch_size in _BATCH_SIZES:
         for length in lengths:
-            for n_candidates in _CANDIDATES:
+            for n_candidates in candidates:
                 yield random_inputs(spec, n_rows, (batch_size, length, n_candidates), rng)
 
 
@@ -127,11 +162,28 @@ def _rows(shape: Sequence[int], n_rows: int, rng: np.random.Generator) -> NDArra
 
 def _compare(
     variant: ort.InferenceSession | nn.Module,
-    scorer: nn.Module,
+    scorer: ort.InferenceSession | nn.Module,
     inputs: ModelInputs,
     tolerance: float,
 ) -> ParityRow:
     found, expected = _scores(variant, inputs), _scores(scorer, inputs)
+    batch_size, length = inputs.history_items.shape
+    return ParityRow(
+        batch_size=batch_size,
+        length=length,
+        n_candidates=inputs.candidate_items.shape[1],
+        max_difference=_prove_close(OUTPUT_NAME, found, expected, inputs, tolerance),
+    )
+
+
+def _prove_close(
+    what: str,
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    inputs: ModelInputs,
+    tolerance: float,
+) -> float:
+    """Return the largest difference, relative above 1; ValueMismatchError above `tolerance`."""
     batch_size, length = inputs.history_items.shape
     shape = f"B={batch_size}, L={length}, C={inputs.candidate_items.shape[1]}"
     if found.shape != expected.shape:
@@ -139,14 +191,9 @@ def _compare(
     difference = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
     if not difference <= tolerance:  # written so that NaN fails too
         raise ValueMismatchError(
-            f"at {shape}: scores differ by {difference:.2e}, allowed are {tolerance:.0e}"
+            f"at {shape}: {what} differ by {difference:.2e}, allowed are {tolerance:.0e}"
         )
-    return ParityRow(
-        batch_size=batch_size,
-        length=length,
-        n_candidates=inputs.candidate_items.shape[1],
-        max_difference=difference,
-    )
+    return difference
 
 
 def _scores(scorer: ort.InferenceSession | nn.Module, inputs: ModelInputs) -> NDArray[np.float32]:

@@ -33,6 +33,7 @@ from service.settings import (
     read_settings,
     write_settings,
 )
+from service.titles import read_titles
 
 _BACKFILL_TIMEOUT_S = 30.0
 
@@ -60,6 +61,7 @@ def _serve(arguments: list[str]) -> int:
         raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
+    read_titles(settings.titles)
     bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
     opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
     versions = ", ".join(model.manifest.model_version for model in opened.values())

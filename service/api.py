@@ -53,7 +53,8 @@ DeadlineMs = Annotated[
 ]
 
 
-def _services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
+    """Return the collaborators of the application that was asked."""
     services: Services = request.app.state.services
     return services
 
@@ -109,7 +110,7 @@ async def recommend(
     the header or the operator says otherwise. The `Server-Timing` header says where the time went,
     in milliseconds; `queue` and `infer` are sums over the blocks in which the catalogue is scored.
     """
-    services = _services(request)
+    services = services_of(request)
     started = time.perf_counter()
     settings = services.settings
     arm = services.arms.arm_for(body.user_id, body.arm)
@@ -168,7 +169,7 @@ async def events(body: EventsBody, request: Request) -> EventsAnswer:
     another moment, and so another behavior. A call that fails may have served some users; repeat
     it.
     """
-    services = _services(request)
+    services = services_of(request)
     now = int(time.time())
     latest = now + services.settings.max_clock_skew_s
     posted = body.events if isinstance(body, EventBatch) else [body]
@@ -217,6 +218,7 @@ def _described(arm: Arm, experiment: Experiment) -> ModelInfo:
         history_length=arm.history_length,
         items=manifest.n_items,
         calibration=manifest.calibration,
+        explains=arm.model.explain is not None,
         metrics=manifest.metrics,
     )
 
@@ -224,14 +226,14 @@ def _described(arm: Arm, experiment: Experiment) -> ModelInfo:
 @router.get("/models", summary="What is served")
 async def models(request: Request) -> Models:
     """Return share, model, version, calibration and test metrics of each arm."""
-    arms = _services(request).arms
+    arms = services_of(request).arms
     return Models(models=[_described(arm, arms.experiment) for arm in arms])
 
 
 @router.get("/experiments", summary="Who is answered by what")
 async def experiments(request: Request) -> ExperimentInfo:
     """Return the experiment that is applied, and why the file is not where it was refused."""
-    services = _services(request)
+    services = services_of(request)
     experiment = services.arms.experiment
     return ExperimentInfo(
         salt=experiment.salt,
@@ -250,7 +252,7 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", summary="Whether requests can be scored")
 async def readyz(request: Request) -> Response:
     """Answer 200 when the model is loaded and histories can be read, 503 otherwise."""
-    services = _services(request)
+    services = services_of(request)
     redis = await services.history.is_ready()
     ready = redis or services.settings.on_redis_failure == "cold"
     content = {"status": "ready" if ready else "not ready", "redis": "up" if redis else "away"}
@@ -260,7 +262,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Return all metrics in Prometheus' text format."""
-    services = _services(request)
+    services = services_of(request)
     watch = services.watch
     services.metrics.redis_up.set(await services.history.is_ready())
     services.metrics.experiment_refused.set(watch is not None and watch.refused is not None)

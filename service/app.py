@@ -8,23 +8,24 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import problems
-from service.api import router
+from service import api, browse, problems, site
 from service.body_limit import BodyLimit
 from service.errors import ServiceError
 from service.history import HistoryStore
 from service.model import Model
 from service.score_endpoint import score_endpoint
 from service.settings import Settings
+from service.titles import read_titles
 from service.wiring import ARM, running
 
 _log = logging.getLogger(__name__)
 _ROUTES = frozenset(
     {
-        *("/score", "/recommend", "/events", "/models", "/experiments"),
-        *("/healthz", "/readyz", "/metrics"),
+        *("/", "/score", "/recommend", "/explain", "/events", "/models", "/experiments"),
+        *("/users/sample", "/items/sample", "/healthz", "/readyz", "/metrics"),
     }
 )
+_HISTORY_ROUTE = "/users/{user_id}/history"
 
 
 def create_app(
@@ -35,12 +36,14 @@ def create_app(
 ) -> FastAPI:
     """Return the application that serves what the settings name.
 
-    `open_model`: loads a bundle. `history`: replaces the store of the settings.
+    `open_model`: loads a bundle. `history`: replaces the store of the settings. Raises
+    SettingsError where the file of titles cannot be read.
     """
+    titles = read_titles(settings.titles)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, open_model, history=history) as services:
+        async with running(settings, open_model, titles=titles, history=history) as services:
             app.state.services = services
             yield
 
@@ -49,7 +52,9 @@ def create_app(
         summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
         lifespan=lifespan,
     )
-    app.include_router(router)
+    app.include_router(api.router)
+    app.include_router(browse.router)
+    site.install(app)
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
@@ -69,6 +74,14 @@ class _App(FastAPI):
             await self.score(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+
+def _route(path: str) -> str:
+    """Return what a path counts as: paths come from outside, and labels must be few."""
+    if path in _ROUTES:
+        return path
+    is_history = path.startswith("/users/") and path.endswith("/history")
+    return _HISTORY_ROUTE if is_history else "other"
 
 
 class _JsonBody:
@@ -101,11 +114,9 @@ class _AlwaysAnswer:
         async def counted(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                # Paths come from outside: only known ones may become label values.
-                route = scope["path"] if scope["path"] in _ROUTES else "other"
                 arm = scope.get(ARM)
                 scope["app"].state.services.metrics.count_answer(
-                    route,
+                    _route(scope["path"]),
                     message["status"],
                     arm=arm.name if arm else "",
                     version=arm.metrics.version if arm else "",

@@ -11,6 +11,7 @@ from service.batcher import Batcher
 from service.cost import BatchCost
 from service.errors import OverloadedError, UnknownArmError
 from service.experiment import ArmSettings, Experiment, ExperimentError
+from service.explainer import Explainer
 from service.history import HistoryStore
 from service.metrics import ArmMetrics, Metrics
 from service.model import Model
@@ -42,6 +43,7 @@ class Arm:
     scorer: BatchScorer
     batcher: Batcher[ScoreRequest, Prepared, Scored]
     recommender: Recommender
+    explainer: Explainer
     metrics: ArmMetrics
 
     def observe(self, scored: Scored, *, waited_s: float, respond_s: float, total_s: float) -> None:
@@ -70,7 +72,9 @@ class Arm:
         """Answer what is inside, then end."""
         try:
             # An event would have to be set by every request; this is asked for a moment, rarely.
-            while not (self.batcher.is_idle and self.recommender.is_idle):  # noqa: ASYNC110
+            while not (  # noqa: ASYNC110
+                self.batcher.is_idle and self.recommender.is_idle and self.explainer.is_idle
+            ):
                 await asyncio.sleep(_DRAIN_POLL_S)
         finally:
             await self.batcher.stop()
@@ -266,6 +270,7 @@ class Arms:
             scorer=scorer,
             batcher=batcher,
             recommender=recommender,
+            explainer=Explainer(scorer, lend=batcher.lend, metrics=metrics),
             metrics=metrics,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from contract.bundle import OUTPUT_NAME, Precision
+from contract.bundle import OUTPUT_NAME, WEIGHTS_NAME, Precision
 from contract.encoding import ModelInputs
 from contract.errors import BundleError
 from service.shapes import Shape
@@ -59,6 +59,22 @@ class CpuDevice:
         """Return scores float32 [B, C]."""
         (scores_BC,) = self.session.run([OUTPUT_NAME], inputs.as_feed())
         return scores_BC  # type: ignore[no-any-return]  # onnxruntime is untyped
+
+
+class ExplainGraph:
+    """A bundle's explain graph, on `threads` cores of the CPU wherever its scores are computed: it
+    is asked rarely and for few candidates, and a GPU would hold the tables twice.
+    """
+
+    def __init__(self, graph: Path, *, threads: int) -> None:
+        options = _options()
+        options.intra_op_num_threads = threads
+        self.session = _open(graph, options, _CPU)
+
+    def run(self, inputs: ModelInputs) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return scores float32 [B, C] and weights float32 [B, C, P, L]."""
+        scores_BC, weights_BCPL = self.session.run([OUTPUT_NAME, WEIGHTS_NAME], inputs.as_feed())
+        return scores_BC, weights_BCPL
 
 
 class CudaDevice:

@@ -94,5 +94,13 @@ class NotRecommendableError(ServiceError):
     title = "The served model gives no recommendations"
 
 
+class NotExplainableError(ServiceError):
+    """The bundle has no graph that tells what behaviors weigh."""
+
+    status = HTTPStatus.CONFLICT
+    problem = "not-explainable"
+    title = "The served model gives no explanations"
+
+
 class ClientLeft(Exception):  # noqa: N818  # no error: nobody is there to be told
     """Nobody waits for the answer any more."""

@@ -99,6 +99,22 @@ class HistoryStore:
             )
         ]
 
+    async def some_users(self, n: int) -> list[str]:
+        """Return up to `n` users, drawn at random; one that is drawn again stands there once.
+
+        Raises HistoryUnavailableError when Redis does not answer.
+        """
+        prefix = history_key(self._prefix, "")
+        keys = await _answer(self._ask(pack_command(("RANDOMKEY",)) * n, n))
+        users = set()
+        for key in keys:
+            if isinstance(key, ResponseError):
+                raise HistoryUnavailableError(f"Redis refused to read: {key}")
+            # Redis may hold other things, or nothing.
+            if key is not None and key.startswith(prefix):
+                users.add(key[len(prefix) :].decode(errors="replace"))
+        return sorted(users)
+
     async def _ask(self, commands: bytes, n_replies: int) -> list[Any]:
         """Send packed commands as they are and return the replies, errors in their places.
 

@@ -5,6 +5,7 @@ Shapes: B requests, C candidates.
 
 import statistics
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -13,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contract.bundle import (
+    EXPLAIN,
     GOLDEN,
     INPUT_NAMES,
     MODEL,
     OUTPUT_NAME,
+    WEIGHTS_NAME,
     Manifest,
     read_catalogue,
     read_manifest,
@@ -26,22 +29,27 @@ from contract.catalogue import Catalogue
 from contract.encoding import ModelInputs, encode
 from contract.errors import BundleError
 from contract.golden import GoldenRows
-from service.device import CpuDevice, CudaDevice, Provider
+from service.device import CpuDevice, CudaDevice, ExplainGraph, Provider
 from service.shapes import Shape, ShapeGrid, shape_grid
 
 # A CUDA graph is captured in the second or third run of its shape, and replayed from then on.
 _WARM_RUNS = 4
 
+# Scores float32 [B, C] and weights float32 [B, C, P, L] of inputs, wherever they lie.
+Explain = Callable[[ModelInputs], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
 
 class Model(Protocol):
     """What the scorer needs of a model; a test's model need not be a network.
 
-    `shapes`: what batches are padded to.
+    `shapes`: what batches are padded to. `explain`: None where the bundle cannot; called by the
+    same thread as `run`.
     """
 
     manifest: Manifest
     catalogue: Catalogue
     shapes: ShapeGrid
+    explain: Explain | None
 
     def inputs(self, shape: Shape) -> ModelInputs:
         """Return arrays of zeros of the shape, to be filled and run before the next call."""
@@ -75,6 +83,11 @@ class OnnxModel:
         self.run = self._device.run
         self._check_signature()
         self._check_golden(golden)
+        self.explain: Explain | None = None
+        if self.manifest.explains:
+            self._explain_graph = ExplainGraph(folder / EXPLAIN, threads=threads)
+            self._check_explain_graph(golden)
+            self.explain = self._explain_graph.run
 
     def warm_up(self, max_work: int) -> list[tuple[int, float]]:
         """Run shapes of at most `max_work`; return (work, median seconds) of each.
@@ -151,11 +164,43 @@ class OnnxModel:
             raise BundleError(
                 f"bundle {self.folder}: {MODEL} cannot score {GOLDEN}: {error}"
             ) from error
+        self._compare(MODEL, scores_BC, golden)
+
+    def _check_explain_graph(self, golden: GoldenRows) -> None:
+        """Expect the signature of the contract, and the golden scores once more."""
+        inputs = [
+            (name, "tensor(int64)", axes) for name, axes in zip(INPUT_NAMES, (2, 3, 2), strict=True)
+        ]
+        outputs = [(OUTPUT_NAME, "tensor(float)", 2), (WEIGHTS_NAME, "tensor(float)", 4)]
+        session = self._explain_graph.session
+        nodes = [*session.get_inputs(), *session.get_outputs()]
+        found = [(node.name, node.type, len(node.shape)) for node in nodes]
+        if found != [*inputs, *outputs]:
+            raise BundleError(
+                f"bundle {self.folder}: {EXPLAIN} has (name, type, axes) {found}, expected "
+                f"{[*inputs, *outputs]}"
+            )
+        try:
+            encoded, _ = encode(
+                golden.histories,
+                golden.candidates,
+                golden.ranking_times,
+                self.catalogue,
+                self.manifest.features,
+            )
+            scores_BC, _ = self._explain_graph.run(encoded)
+        except Exception as error:  # onnxruntime's errors share no base class but Exception
+            raise BundleError(
+                f"bundle {self.folder}: {EXPLAIN} cannot score {GOLDEN}: {error}"
+            ) from error
+        self._compare(EXPLAIN, scores_BC, golden)
+
+    def _compare(self, name: str, scores_BC: NDArray[np.float32], golden: GoldenRows) -> None:
         difference_BC = np.abs(scores_BC - golden.scores)
         tolerance = self.manifest.golden_tolerance * np.maximum(1.0, np.abs(golden.scores))
         if not (difference_BC <= tolerance).all():  # written so that NaN fails too
             raise BundleError(
-                f"bundle {self.folder}: {MODEL} differs from {GOLDEN} by up to "
+                f"bundle {self.folder}: {name} differs from {GOLDEN} by up to "
                 f"{difference_BC.max():.2e}, allowed are {self.manifest.golden_tolerance:.0e}"
             )
 

@@ -20,6 +20,7 @@ MAX_CANDIDATES = 1000
 MAX_INLINE_BEHAVIORS = 10_000
 MAX_EVENTS = 1000
 MAX_RECOMMENDATIONS = 1000
+MAX_EXPLAINED = 20
 MAX_DEADLINE_MS = 60_000
 
 
@@ -143,6 +144,108 @@ class ScoreAnswer(BaseModel):
             ]
         }
     )
+
+
+class ExplainBody(ScoreBody):
+    """A few candidates whose scores are to be explained."""
+
+    candidates: Annotated[
+        list[ItemId],
+        Field(min_length=1, max_length=MAX_EXPLAINED, description="Explained in this order."),
+    ]
+
+
+class TitledItem(BaseModel):
+    """An item, with its title where the operator has named a file of titles that holds it."""
+
+    item_id: int
+    title: str | None
+
+
+class TitledBehavior(TitledItem):
+    """One thing that a user did."""
+
+    time: Annotated[int, Field(description="Unix seconds.")]
+
+
+class ExplainedCandidate(TitledItem):
+    """A candidate's score, and what every behavior weighed in it."""
+
+    known: Annotated[bool, Field(description="Whether the model's catalogue holds it.")]
+    score: float
+    weights: Annotated[
+        list[list[float]],
+        Field(description="For each iteration one number for each of `behaviors`, in its order."),
+    ]
+
+
+class ExplainAnswer(BaseModel):
+    """Scores in the order asked, and what they are made of."""
+
+    behaviors: Annotated[
+        list[TitledBehavior], Field(description="Those that the model has read, oldest first.")
+    ]
+    candidates: list[ExplainedCandidate]
+    iterations: int
+    score_kind: Literal["probability", "affinity"]
+    arm: Annotated[str, Field(description="The arm that answered.")]
+    model: str
+    version: str
+    history_length: Annotated[int, Field(description="Behaviors that the model has read.")]
+    degraded: Annotated[
+        bool, Field(description="Explained without the stored history: the store was away.")
+    ]
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "behaviors": [
+                        {"item_id": 3186, "title": "Girl, Interrupted", "time": 978300019},
+                        {"item_id": 1721, "title": "Titanic", "time": 978300055},
+                    ],
+                    "candidates": [
+                        {
+                            "item_id": 1193,
+                            "title": "One Flew Over the Cuckoo's Nest",
+                            "known": True,
+                            "score": 0.81,
+                            "weights": [[0.31, 0.02], [0.27, 0.01], [0.3, 0.01]],
+                        }
+                    ],
+                    "iterations": 3,
+                    "score_kind": "probability",
+                    "arm": "main",
+                    "model": "imn-3p-plus",
+                    "version": "imn-3p-plus-0f3a9c1d2e4b",
+                    "history_length": 2,
+                    "degraded": False,
+                }
+            ]
+        }
+    )
+
+
+class HistoryAnswer(BaseModel):
+    """What is stored of a user."""
+
+    user_id: str
+    behaviors: Annotated[
+        list[TitledBehavior],
+        Field(description="Oldest first; empty where the user is unknown."),
+    ]
+
+
+class SomeUsers(BaseModel):
+    """Users, drawn at random from those who have a history."""
+
+    user_ids: list[str]
+
+
+class SomeItems(BaseModel):
+    """Items, drawn at random from a catalogue."""
+
+    items: list[TitledItem]
 
 
 class RecommendBody(_Body):
@@ -274,6 +377,7 @@ class ModelInfo(BaseModel):
         CalibrationMethod,
         Field(description="How its probabilities were fitted to the validation part."),
     ]
+    explains: Annotated[bool, Field(description="Whether `POST /explain` is answered.")]
     metrics: Annotated[
         dict[str, float],
         Field(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contract.catalogue import UNKNOWN_ROW
-from contract.encoding import encode, stack_candidates
+from contract.encoding import ModelInputs, encode, stack_candidates
 from contract.records import RECORD_BYTES
 from service.errors import (
     CorruptHistoryError,
@@ -77,6 +77,15 @@ class Scored:
     encode_s: float
     infer_s: float
     ended: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """Scores float32 [C], and the weights float32 [C, P, n] of n behaviors in each of P passes."""
+
+    scores: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    infer_s: float
 
 
 class _Run(NamedTuple):
@@ -189,6 +198,14 @@ class BatchScorer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._device, self._infer_alone, one, pick)
 
+    async def explain_alone(self, one: Prepared) -> Weighed:
+        """Score an encoded request by the explain graph, which the model must have.
+
+        Raises ModelFailedError unless scores and weights are finite.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._device, self._explain, one)
+
     async def run(self, batch: Sequence[Prepared]) -> list[Scored | ServiceError]:
         """Score encoded requests in one run of the model."""
         loop = asyncio.get_running_loop()
@@ -295,6 +312,28 @@ class BatchScorer:
         if not np.isfinite(scores_C).all():
             raise ModelFailedError(_NOT_FINITE)
         return pick(scores_C), time.perf_counter() - started
+
+    def _explain(self, one: Prepared) -> Weighed:
+        started = time.perf_counter()
+        assert self.model.explain is not None, "asked of a model that cannot"
+        # A graph reads one behavior at least: padding where there is none.
+        n_padding = int(not len(one.history_items))
+        inputs = ModelInputs(
+            history_items=np.pad(one.history_items, (n_padding, 0))[None],
+            history_buckets=np.pad(one.history_buckets, ((n_padding, 0), (0, 0)))[None],
+            candidate_items=one.candidate_items[None],
+        )
+        try:
+            scores_BC, weights_BCPL = self.model.explain(inputs)
+        except Exception as error:  # onnxruntime's errors share no base class but Exception
+            raise ModelFailedError(f"the model failed: {error}") from error
+        if not (np.isfinite(scores_BC).all() and np.isfinite(weights_BCPL).all()):
+            raise ModelFailedError(_NOT_FINITE)
+        return Weighed(
+            scores=scores_BC[0],
+            weights=weights_BCPL[0, :, :, n_padding:],
+            infer_s=time.perf_counter() - started,
+        )
 
     def _infer(self, batch: Sequence[Prepared]) -> _Run:
         """Pad the batch to a shape of the model's and run it, in the device's thread."""

@@ -75,8 +75,8 @@ class Settings(BaseSettings):
     )
     recommend_deadline_s: Annotated[float, Field(gt=0)] = Field(
         default=0.2,
-        description="Seconds within which a recommendation is of use, unless X-Deadline-Ms says "
-        "else.",
+        description="Seconds within which a recommendation or an explanation is of use, unless "
+        "X-Deadline-Ms says else.",
     )
     recommend_block_items: Annotated[int, Field(ge=1)] = Field(
         default=16_384,
@@ -91,6 +91,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         default=262_144, description="Largest request body; larger ones are answered 413."
+    )
+    titles: Path | None = Field(
+        default=None,
+        description="Titles of items for the page and for explanations: a JSON object by item id, "
+        "or a .csv file with the columns item_id and title.",
     )
     max_clock_skew_s: Annotated[int, Field(ge=0)] = Field(
         default=86_400, description="How far in the future an event may lie."

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,16 @@ _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The collaborators that the routes use. `watch`: None where one bundle is served."""
+    """The collaborators that the routes use. `watch`: None where one bundle is served. `titles`: of
+    items, for people.
+    """
 
     settings: Settings
     history: HistoryStore
     arms: Arms
     watch: ExperimentWatch | None
     metrics: Metrics
+    titles: Mapping[int, str]
 
 
 @asynccontextmanager
@@ -39,6 +42,7 @@ async def running(
     settings: Settings,
     open_model: Callable[[Path], Model],
     *,
+    titles: Mapping[int, str],
     history: HistoryStore | None = None,
 ) -> AsyncIterator[Services]:
     """Yield everything wired and started; stop and close it afterwards."""
@@ -68,7 +72,14 @@ async def running(
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_COLLECTION_THRESHOLDS)
-        yield Services(settings=settings, history=store, arms=arms, watch=watch, metrics=metrics)
+        yield Services(
+            settings=settings,
+            history=store,
+            arms=arms,
+            watch=watch,
+            metrics=metrics,
+            titles=titles,
+        )
     finally:
         if watching is not None:
             watching.cancel()

@@ -154,6 +154,27 @@ def assert_golden(service: LiveService, golden: GoldenRows) -> None:
         np.testing.assert_allclose(scores, golden.scores[row], rtol=1e-4, atol=1e-5)
 
 
+def assert_explained(service: LiveService, golden: GoldenRows) -> None:
+    """Every golden history, the empty one too: the golden scores, and weights of each behavior."""
+    for row, candidates in enumerate(golden.candidates):
+        body = {
+            "user_id": str(row),
+            "candidates": candidates.tolist(),
+            "ranking_time": int(golden.ranking_times[row]),
+        }
+        answer = service.client.post("/explain", json=body)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        scores = [one["score"] for one in found["candidates"]]
+        np.testing.assert_allclose(scores, golden.scores[row], rtol=1e-4, atol=1e-5)
+        n_behaviors = min(HISTORY_LENGTH, len(golden.histories[row]) // 12)
+        assert len(found["behaviors"]) == found["history_length"] == n_behaviors
+        for one in found["candidates"]:
+            weights_PL = np.array(one["weights"])
+            assert weights_PL.shape == (found["iterations"], n_behaviors)
+            assert ((weights_PL > 0) & (weights_PL < 1)).all()
+
+
 @pytest.mark.parametrize("name", NEXT_ITEM_MODELS)
 def test_a_next_item_bundle_gives_its_golden_scores_and_the_best_item(name, tmp_path, redis_url):
     golden = exported(tmp_path, NEXT_ITEM_MODELS[name], "leave-one-out")
@@ -173,6 +194,9 @@ def test_a_click_bundle_gives_its_golden_probabilities_and_tells_how(name, tmp_p
     with served(tmp_path / "bundle", redis_url, golden) as service:
         assert_golden(service, golden)
         (shown,) = service.client.get("/models").json()["models"]
+        if shown["explains"]:
+            assert_explained(service, golden)
+    assert shown["explains"] == (name == "imn")
     if calibration is None:
         assert shown["calibration"] == "none"
     else:

@@ -15,6 +15,7 @@ from contract.records import decode_records
 from loadtest.redis_server import redis_server
 from service.history import HistoryStore, history_key
 from service.metrics import Metrics
+from service.model import Explain
 from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
 from service.shapes import Shape, ShapeGrid
 from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC, GoldenRow
@@ -47,6 +48,7 @@ class RecordingModel:
             produced_with={},
             files={name: FileEntry(sha256="0" * 64, size_bytes=0) for name in REQUIRED_FILES},
         )
+        self.explain: Explain | None = None
 
     def inputs(self, shape: Shape) -> ModelInputs:
         batch, candidates, length = shape

@@ -72,6 +72,20 @@ def test_one_from_before_calibrations_has_none(folder):
     assert read_manifest(folder).calibration == "none"
 
 
+def test_an_explain_graph_may_be_among_the_files_and_is_checked_as_they_are(folder):
+    assert not read_manifest(folder).explains
+    path = folder / bundle.EXPLAIN
+    path.write_bytes(b"another graph")
+    files = json.loads((folder / bundle.MANIFEST).read_text())["files"]
+    change(folder, files={**files, bundle.EXPLAIN: file_entry(path).model_dump()})
+    manifest = read_manifest(folder)
+    assert manifest.explains
+    verify_files(folder, manifest)
+    path.write_bytes(b"a graph, altered")
+    with pytest.raises(BundleError, match=r"explain\.onnx has 16 bytes"):
+        verify_files(folder, manifest)
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(BundleError, match="nowhere: no such folder"):
         read_manifest(tmp_path / "nowhere")

@@ -23,6 +23,9 @@ MODELS = {
         "name": "imn", "embedding_dim": 8, "iterations": 3, "enhancement_steps": 2,
         "head_units": [8], "item_features": ["category", "brand"],
     },
+    "imn in segments": {
+        "name": "imn", "embedding_dim": 8, "iterations": 2, "head_units": [8], "segment": 8,
+    },
     "youtube_dnn": {"name": "youtube_dnn", "embedding_dim": 8, "head_units": [8]},
     "popularity": {"name": "popularity"},
 }  # fmt: skip

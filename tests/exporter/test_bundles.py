@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from contract.bundle import GOLDEN, MODEL, read_catalogue, read_manifest, verify_files
+from contract.bundle import EXPLAIN, GOLDEN, MODEL, read_catalogue, read_manifest, verify_files
 from contract.encoding import encode
 from contract.golden import GoldenRows
 from exporter.bundles import export, golden_rows
@@ -20,6 +20,7 @@ from tests.exporter.conftest import MODELS, features_of
 from training.calibration import Calibration
 from training.checkpoint import TrainedModel, load_model, save_model
 from training.errors import CheckpointError
+from training.models.imn import IterativeMemoryNetwork
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -122,6 +123,51 @@ def test_a_calibration_is_in_the_graph(checkpoint, tmp_path, method, precision):
     expected = torch.sigmoid(CALIBRATIONS[method](logits)).numpy()
     np.testing.assert_allclose(golden.scores, expected, atol=1e-5)
     assert np.abs(golden.scores - before.scores).mean() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize(
+    ("model", "n_passes"), [("imn", 2), ("imn with enhancement and features", 3)]
+)
+def test_imn_is_exported_with_a_graph_that_explains(
+    checkpoint, tmp_path, model, n_passes, precision
+):
+    """The same scores, and the weights that the model tells; fp16 rounds both."""
+    path = checkpoint(model)
+    manifest = export(path, tmp_path / "bundle", precision=precision)
+    assert manifest.explains
+    assert EXPLAIN in read_manifest(tmp_path / "bundle").files
+    trained = load_model(path)
+    golden = GoldenRows.load(tmp_path / "bundle" / GOLDEN)
+    inputs, _ = encode(
+        golden.histories,
+        golden.candidates,
+        golden.ranking_times,
+        trained.catalogue,
+        manifest.features,
+    )
+    scores_BC, weights_BCPL = open_session(tmp_path / "bundle" / EXPLAIN).run(
+        None, inputs.as_feed()
+    )
+    (scored_BC,) = open_session(tmp_path / "bundle" / MODEL).run(None, inputs.as_feed())
+    np.testing.assert_allclose(scores_BC, scored_BC, atol=1e-3 if precision == "fp16" else 1e-6)
+    assert weights_BCPL.shape == (*scores_BC.shape, n_passes, 30)
+    assert isinstance(trained.model, IterativeMemoryNetwork)
+    with torch.no_grad():
+        _, expected = trained.model.explain(*map(torch.from_numpy, inputs.as_feed().values()))
+    np.testing.assert_allclose(
+        weights_BCPL, expected.numpy(), atol=5e-3 if precision == "fp16" else 1e-6
+    )
+    is_padding_BL = inputs.history_items == 0
+    assert (weights_BCPL.transpose(0, 3, 1, 2)[is_padding_BL] == 0).all()
+    assert (weights_BCPL.transpose(0, 3, 1, 2)[~is_padding_BL] > 0).all()
+
+
+@pytest.mark.parametrize("model", ["imn in segments", "youtube_dnn", "popularity"])
+def test_what_has_no_weights_of_behaviors_is_exported_without(checkpoint, tmp_path, model):
+    manifest = export(checkpoint(model), tmp_path / "bundle")
+    assert not manifest.explains
+    assert not (tmp_path / "bundle" / EXPLAIN).exists()
 
 
 def test_a_version_can_be_named(checkpoint, tmp_path):

@@ -20,6 +20,7 @@ from exporter.errors import (
 from exporter.parity import (
     example_inputs,
     open_session,
+    prove_explanations,
     prove_signature,
     prove_values,
     random_inputs,
@@ -74,6 +75,80 @@ def graph(
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
+
+
+class WithWeights(nn.Module):
+    """The model that `explain_graph` computes: as HalfOfRow, and every behavior weighs its row."""
+
+    def forward(self, items, _buckets, candidates):
+        weights_BCPL = items.float()[:, None, None, :].expand(-1, candidates.shape[1], 2, -1)
+        return candidates.float() * 0.5, weights_BCPL
+
+
+def explain_graph(path: Path, *, factor: float = 0.5, weight: float = 1.0, names=None):
+    """Write an explain graph by hand, with two passes; `weight` is what a row is multiplied by."""
+    names = names or ("scores", "weights")
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Cast", ["candidate_items"], ["floats"], to=TensorProto.FLOAT),
+                helper.make_node("Mul", ["floats", "factor"], [names[0]]),
+                helper.make_node("Cast", ["history_items"], ["rows"], to=TensorProto.FLOAT),
+                helper.make_node("Mul", ["rows", "weight"], ["weighed"]),
+                helper.make_node("Unsqueeze", ["weighed", "middle"], ["of_any"]),
+                helper.make_node("Unsqueeze", ["floats", "last"], ["of_candidates"]),
+                helper.make_node("Mul", ["of_candidates", "nothing"], ["zeros"]),
+                helper.make_node("Add", ["of_any", "zeros"], [names[1]]),
+            ],
+            "g",
+            [
+                helper.make_tensor_value_info("history_items", TensorProto.INT64, ["B", "L"]),
+                helper.make_tensor_value_info("history_buckets", TensorProto.INT64, ["B", "L", 2]),
+                helper.make_tensor_value_info("candidate_items", TensorProto.INT64, ["B", "C"]),
+            ],
+            [
+                helper.make_tensor_value_info(names[0], TensorProto.FLOAT, ["B", "C"]),
+                helper.make_tensor_value_info(names[1], TensorProto.FLOAT, ["B", "C", 2, "L"]),
+            ],
+            [
+                helper.make_tensor("factor", TensorProto.FLOAT, [], [factor]),
+                helper.make_tensor("weight", TensorProto.FLOAT, [], [weight]),
+                helper.make_tensor("nothing", TensorProto.FLOAT, [2, 1], [0.0, 0.0]),
+                helper.make_tensor("middle", TensorProto.INT64, [2], [1, 2]),
+                helper.make_tensor("last", TensorProto.INT64, [2], [2, 3]),
+            ],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=9,
+    )
+    onnx.save(model, path)
+    return open_session(path)
+
+
+class TestExplanations:
+    def test_those_of_the_model_pass(self, path):
+        session = explain_graph(path.with_name("explain.onnx"))
+        prove_signature(session, SPEC, n_passes=2)
+        prove_explanations(session, graph(path), WithWeights(), SPEC, n_rows=50)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            pytest.param({"factor": 0.6}, "scores differ by", id="scores of another graph"),
+            pytest.param({"weight": 1.1}, "weights differ by", id="weights of another model"),
+        ],
+    )
+    def test_others_are_refused(self, path, changes, message):
+        session = explain_graph(path.with_name("explain.onnx"), **changes)
+        with pytest.raises(ValueMismatchError, match=message):
+            prove_explanations(session, graph(path), WithWeights(), SPEC, n_rows=50)
+
+    def test_so_are_other_names_and_passes(self, path):
+        named = explain_graph(path, names=("scores", "attention"))
+        with pytest.raises(NameMismatchError, match="outputs: the graph has"):
+            prove_signature(named, SPEC, n_passes=2)
+        with pytest.raises(AxisMismatchError, match="weights: the graph has"):
+            prove_signature(explain_graph(path), SPEC, n_passes=3)
 
 
 def test_a_graph_that_is_the_model_passes(path):

@@ -143,9 +143,10 @@ def serve(redis_url) -> Iterator[Serve]:
             history: HistoryStore | None = None,
             warm_up_took: Sequence[tuple[int, float]] = QUICK,
             score_kind: ScoreKind = "affinity",
+            explains: bool = False,
             **changes: Any,
         ) -> LiveService:
-            model = DummyModel(warm_up_took=warm_up_took, score_kind=score_kind)
+            model = DummyModel(warm_up_took=warm_up_took, score_kind=score_kind, explains=explains)
             settings = patient_settings(changes.pop("redis_url", redis_url), **changes)
             service = stack.enter_context(
                 live_service(create_app(settings, lambda _: model, history=history), model)

@@ -20,10 +20,12 @@ from contract.bundle import REQUIRED_FILES, FileEntry, Manifest, ScoreKind
 from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW, Catalogue
 from contract.encoding import ModelInputs
 from contract.features import DAYS, FeatureSpec
+from service.model import Explain
 from service.shapes import Shape, ShapeGrid
 
 HISTORY_LENGTH = 8
 KNOWN_ITEMS = 90
+PASSES = 3
 UNKNOWN = 99
 # (work, seconds): 0.1 ms for a batch and 1 us for a pair of candidate and behavior. With this to
 # begin with, the service takes a run that a test holds up for a hiccup.
@@ -34,6 +36,11 @@ _PATIENCE_S = 30.0
 def score_of(candidate: int, *, behaviors: int = 0, oldest: int = 0, day: int = 0) -> float:
     """Return the score that DummyModel gives; `oldest` and `candidate` are item ids."""
     return float(100_000 * day + 1_000 * oldest + 100 * behaviors + candidate)
+
+
+def weight_of(candidate_row: int, behavior_row: int, one_pass: int) -> float:
+    """Return the weight that DummyModel's explanations give; rows of its catalogue."""
+    return 100 * _item(candidate_row) + _item(behavior_row) + one_pass / 2
 
 
 def dummy_manifest(score_kind: ScoreKind = "affinity") -> Manifest:
@@ -59,7 +66,8 @@ class DummyModel:
 
     `fails_with` is raised instead of an answer. `answers_with` replaces all scores by one number.
     `forgets_a_candidate` leaves out the last column. `takes_s`: seconds of a run.
-    `warm_up_took`: (work, seconds) of batches that the warm-up pretends to have run.
+    `warm_up_took`: (work, seconds) of batches that the warm-up pretends to have run. `explains`:
+    whether it tells what behaviors weigh, see `weight_of`.
     """
 
     def __init__(
@@ -67,7 +75,9 @@ class DummyModel:
         *,
         warm_up_took: Sequence[tuple[int, float]] = QUICK,
         score_kind: ScoreKind = "affinity",
+        explains: bool = False,
     ) -> None:
+        self.explain: Explain | None = self._explain if explains else None
         self.manifest = dummy_manifest(score_kind)
         self.catalogue = Catalogue(np.arange(1, KNOWN_ITEMS + 1, dtype=np.int64))
         self._warm_up_took = list(warm_up_took)
@@ -118,6 +128,18 @@ class DummyModel:
     def warm_up(self, max_work: int) -> list[tuple[int, float]]:
         del max_work
         return self._warm_up_took
+
+    def _explain(self, inputs: ModelInputs) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        scores_BC = self.run(inputs)
+        weights_BCPL = [
+            [
+                [[weight_of(c, h, p) if h else 0.0 for h in row_L] for p in range(PASSES)]
+                for c in row_C
+            ]
+            for row_L, row_C in zip(inputs.history_items, inputs.candidate_items, strict=True)
+        ]
+        shape = (*scores_BC.shape, PASSES, inputs.history_items.shape[1])
+        return scores_BC, np.array(weights_BCPL, dtype=np.float32).reshape(shape)
 
     def run(self, inputs: ModelInputs) -> NDArray[np.float32]:
         self.runs.append(inputs)

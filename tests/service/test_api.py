@@ -289,7 +289,7 @@ class TestBadRequests:
         assert_problem(answer, 405, "method-not-allowed")
         assert answer.headers["Allow"] == ("GET" if path == "/metrics" else "POST")
 
-    @pytest.mark.parametrize("path", ["/", "/scores", "/score/ann"])
+    @pytest.mark.parametrize("path", ["/scores", "/score/ann", "/users/ann"])
     def test_an_unknown_path_is_a_problem_too(self, service, path):
         assert_problem(service.client.get(path), 404, "not-found")
 
@@ -323,6 +323,7 @@ class TestOperators:
                     "history_length": HISTORY_LENGTH,
                     "items": KNOWN_ITEMS,
                     "calibration": "none",
+                    "explains": False,
                     "metrics": {"auc": 0.5},
                 }
             ]

@@ -162,6 +162,11 @@ class TestServe:
                 ["--experiments", "nowhere.toml"], "nowhere.toml: cannot be read", id="no file"
             ),
             pytest.param(["--bundle", "nowhere"], "bundle nowhere: no such folder", id="no folder"),
+            pytest.param(
+                ["--bundle", "x", "--titles", "nowhere.json"],
+                "titles: nowhere.json: No such file",
+                id="no titles",
+            ),
             pytest.param(["--bundle", "x", "--port", "-1"], "port: Input should be", id="port"),
             pytest.param(["--bundle", "x", "--provider", "tpu"], "provider: Input", id="provider"),
         ],

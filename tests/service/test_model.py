@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
-from contract.bundle import CATALOGUE, GOLDEN, MANIFEST, MODEL
+from contract.bundle import CATALOGUE, EXPLAIN, GOLDEN, MANIFEST, MODEL
 from contract.catalogue import FIRST_ROW
 from contract.encoding import encode
 from contract.errors import BundleError
@@ -240,3 +241,14 @@ def test_a_gpu_is_never_replaced_by_the_cpu_silently(good_bundle):
     """And the operator hears what is missing, not what onnxruntime thinks of its nodes."""
     with pytest.raises(BundleError, match="CUDAExecutionProvider"):
         OnnxModel(good_bundle, provider="cuda")
+
+
+class TestExplainGraph:
+    def test_there_may_be_none(self, good_bundle):
+        assert OnnxModel(good_bundle).explain is None
+
+    def test_one_that_gives_no_weights_is_refused(self, bundle):
+        shutil.copy(bundle / MODEL, bundle / EXPLAIN)
+        list_file(bundle, EXPLAIN)
+        with pytest.raises(BundleError, match=r"explain\.onnx has \(name, type, axes\)"):
+            OnnxModel(bundle)

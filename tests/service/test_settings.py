@@ -154,6 +154,7 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
                 max_queue_work=2**40,
                 max_body_bytes=1,
                 max_clock_skew_s=0,
+                titles=Path("/a folder/of titles.csv"),
             ),
             id="none of the defaults",
         ),

@@ -5,14 +5,12 @@ Shapes: P passes, B moments, C candidates, L history length, G time granularitie
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from contract.catalogue import PADDING_ROW, UNKNOWN_ROW
 from training.config import RunConfig
@@ -21,7 +19,7 @@ from training.data.histories import HistoryGatherer
 from training.data.loader import ClickLoader
 from training.data.log import PreparedLog
 from training.data.splits import Part
-from training.errors import ConfigError, TrainingError
+from training.errors import TrainingError
 from training.evaluation import to_tensors
 from training.models.imn import IterativeMemoryNetwork
 
@@ -71,12 +69,9 @@ def attention(
     Arguments as of the model's forward. Raises ConfigError for a segmented model, whose passes are
     over segments.
     """
-    with _listening(model) as heard, torch.no_grad():
-        model(history_items, history_buckets, candidate_items)
-    is_behavior_B1L = (history_items != PADDING_ROW).unsqueeze(1)
-    shape = (*candidate_items.shape, history_items.shape[1])
-    # One for all candidates where the target takes no part.
-    return torch.stack([(weights * is_behavior_B1L).expand(shape) for weights in heard])
+    with torch.no_grad():
+        _, weights_BCPL = model.explain(history_items, history_buckets, candidate_items)
+    return weights_BCPL.movedim(2, 0)
 
 
 def entropy(
@@ -171,24 +166,3 @@ def walk(
         ages_s=picked.time - behaviors["time"].astype(np.int64),
         weights=weights_PBCL[:, 0, 0, -len(behaviors) :].cpu().numpy(),
     )
-
-
-@contextmanager
-def _listening(model: IterativeMemoryNetwork) -> Iterator[list[Tensor]]:
-    """Collect what the attentions of a model return, one tensor a pass, while it is open."""
-    if model.segment:
-        raise ConfigError(
-            f"model.segment = {model.segment}: passes over segments are not passes over a history"
-        )
-    heard: list[Tensor] = []
-
-    def hear(module: nn.Module, arguments: object, weights: Tensor) -> None:
-        del module, arguments
-        heard.append(weights)
-
-    hooks = [one.register_forward_hook(hear) for one in model.attentions]
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -319,7 +319,39 @@ class Scorer(nn.Module):
         self, history_items: Tensor, history_buckets: Tensor, candidate_items: Tensor
     ) -> Tensor:
         """Return scores float32 [B, C]."""
-        outputs: Tensor = self.model(history_items, history_buckets, candidate_items)
+        return self.scores(self.model(history_items, history_buckets, candidate_items))
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Return the scores [B, C] of what the model gives."""
         if self.calibration is not None:
             outputs = self.calibration(outputs)
         return torch.sigmoid(outputs) if self.kind == "probability" else outputs
+
+
+class Explainer(nn.Module):
+    """A scorer of IMN that gives the attention beside the scores.
+
+    Raises ConfigError for any other model, and for one in segments: see `explains`.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        if not explains(scorer.model):
+            raise ConfigError(f"{type(scorer.model).__name__}: there is no attention to explain by")
+        assert isinstance(scorer.model, IterativeMemoryNetwork)
+        self.n_passes = len(scorer.model.attentions)
+        self.scorer = scorer
+
+    def forward(
+        self, history_items: Tensor, history_buckets: Tensor, candidate_items: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores float32 [B, C], and the weights [B, C, P, L] of the model's `explain`."""
+        model = self.scorer.model
+        assert isinstance(model, IterativeMemoryNetwork)
+        logits_BC, weights_BCPL = model.explain(history_items, history_buckets, candidate_items)
+        return self.scorer.scores(logits_BC), weights_BCPL
+
+
+def explains(model: nn.Module) -> bool:
+    """Return whether a model can tell what each behavior weighs: IMN, unless it is in segments."""
+    return isinstance(model, IterativeMemoryNetwork) and not model.segment

@@ -283,15 +283,46 @@ class IterativeMemoryNetwork(nn.Module):
         self, history_items: Tensor, history_buckets: Tensor, candidate_items: Tensor
     ) -> Tensor:
         """Return logits [B, C] of catalogue rows [B, L], buckets [B, L, G] and rows [B, C]."""
+        return self._logits(history_items, history_buckets, candidate_items, heard=None)
+
+    def explain(
+        self, history_items: Tensor, history_buckets: Tensor, candidate_items: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of `forward`, and the weight [B, C, P, L] of every behavior in each of
+        the P passes: as they are computed with, not normalised over L, exactly 0 for padding.
+
+        Raises ConfigError for a segmented model, whose passes are over segments.
+        """
+        if self.segment:
+            raise ConfigError(
+                f"model.segment = {self.segment}: passes over segments are not passes over a "
+                "history"
+            )
+        heard: list[Tensor] = []
+        logits_BC = self._logits(history_items, history_buckets, candidate_items, heard=heard)
+        # One for all candidates where the target takes no part.
+        shape = (*candidate_items.shape, history_items.shape[1])
+        weights_BCPL = torch.stack([weights.expand(shape) for weights in heard], dim=2)
+        return logits_BC, weights_BCPL * (history_items != PADDING_ROW)[:, None, None, :]
+
+    def _logits(
+        self,
+        history_items: Tensor,
+        history_buckets: Tensor,
+        candidate_items: Tensor,
+        *,
+        heard: list[Tensor] | None,
+    ) -> Tensor:
+        """Return the logits [B, C]; `heard` gathers the weights of each pass, where it is given."""
         history_BLD = self.history(self.items, history_items, history_buckets)
         history_BEL = with_ones(history_BLD, history_items != PADDING_ROW)
         target_BCD: Tensor = self.items(candidate_items)
         target_XD = target_BCD.flatten(0, 1)  # X = B * C: recurrent steps take one batch axis
         if self.start is None:
-            user_XD = self._user(history_BEL, history_BLD, target_BCD, target_BCD)
+            user_XD = self._user(history_BEL, history_BLD, target_BCD, target_BCD, heard)
         else:
             start_B1D = self.start.weight.expand(target_BCD.shape[0], 1, -1)
-            user_BD = self._user(history_BEL, history_BLD, start_B1D, None)
+            user_BD = self._user(history_BEL, history_BLD, start_B1D, None, heard)
             user_XD = user_BD.unsqueeze(1).expand_as(target_BCD).flatten(0, 1)
         if self.enhancement is not None:
             user_of, target_of = _halves(target_XD)
@@ -312,11 +343,18 @@ class IterativeMemoryNetwork(nn.Module):
         history_BLD: Tensor,
         start_BCD: Tensor,
         target_BCD: Tensor | None,
+        heard: list[Tensor] | None,
     ) -> Tensor:
         """Return m^P [B * C, D] of m^0 = `start_BCD`; without a target C is 1."""
         if not self.segment:
             return self._walk(
-                self.attentions, self.memory, history_BEL, history_BLD, start_BCD, target_BCD
+                self.attentions,
+                self.memory,
+                history_BEL,
+                history_BLD,
+                start_BCD,
+                target_BCD,
+                heard,
             )
         n_rows, n_candidates, width = start_BCD.shape
         segments_XMW = in_chunks(history_BEL.flatten(0, 1), self.segment)
@@ -359,6 +397,7 @@ class IterativeMemoryNetwork(nn.Module):
         history_BLD: Tensor,
         start_BCD: Tensor,
         target_BCD: Tensor | None,
+        heard: list[Tensor] | None = None,
     ) -> Tensor:
         """Return the last memory [B * C, D] of a walk from m^0 = `start_BCD`."""
         memory_XD = start_BCD.flatten(0, 1)
@@ -369,8 +408,11 @@ class IterativeMemoryNetwork(nn.Module):
                 ways_BCD = [memory_BCD]
             else:
                 ways_BCD = [target_BCD if self.walk == "target" else memory_BCD, target_BCD]
+            weights_BCL = attention(history_BEL, *ways_BCD)
+            if heard is not None:
+                heard.append(weights_BCL)
             # Padding is exactly 0 in e, so it drops out of the sum whatever its weight is.
-            read_BCD = attention(history_BEL, *ways_BCD) @ history_BLD
+            read_BCD = weights_BCL @ history_BLD
             if isinstance(attention, EvenWeights):
                 read_BCD = read_BCD.expand_as(memory_BCD)
             read_memory_XF = torch.cat([read_BCD.flatten(0, 1), memory_XD], dim=1)
