@@ -3,7 +3,7 @@
 https://www.w3.org/TR/trace-context/
 """
 
-import os
+import random
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -59,7 +59,8 @@ def read_context(headers: Iterable[tuple[bytes, bytes]]) -> RequestContext:
             parent = value if parent is None else b""
         elif name == _TRACESTATE:
             states.append(value)
-    fresh = os.urandom(24).hex()
+    # Ids are told apart, not kept secret, and the system's generator takes three times as long.
+    fresh = random.getrandbits(192).to_bytes(24).hex()
     trace_id, span_id = fresh[:32], fresh[32:]
     if request_id is not None and _ALLOWED_ID.fullmatch(request_id):
         own_id = request_id.decode()
