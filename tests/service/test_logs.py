@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from service.logs import JsonFormatter, TextFormatter, log_event
+from service.settings import Settings
 from tests.service.live_service import PATIENCE_S
 from tests.service.logged import events_of
 
@@ -174,3 +175,9 @@ def test_the_example_of_the_document_is_json_with_the_usual_fields():
     text = (ROOT / "docs/logging.md").read_text()
     (example,) = re.findall(r"```\n(\{.*?\})\n```", text, re.S)
     assert list(json.loads(example))[: len(BASE)] == BASE
+
+
+def test_the_flags_of_the_document_are_settings():
+    flags = re.findall(r"`--([a-z][a-z-]*)", (ROOT / "docs/logging.md").read_text())
+    assert flags
+    assert {flag.replace("-", "_") for flag in flags} <= set(Settings.model_fields)
