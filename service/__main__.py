@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from service.backfill import backfill
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
+from service.logs import configure
 from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
 from service.profile import ShapeProfile, profile, shapes_of
@@ -59,6 +61,12 @@ def _serve(arguments: list[str]) -> int:
     missing = [name for name in ("uvloop", "httptools") if find_spec(name) is None]
     if missing:
         raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
+    if settings.tracing == "otel":
+        try:
+            import_module("service.tracing")
+        except ModuleNotFoundError as error:
+            raise SettingsError("tracing: otel needs the extra `otel`: mneme[otel]") from error
+    _configure_logs(settings)
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
     read_titles(settings.titles)
@@ -85,7 +93,16 @@ def _serve(arguments: list[str]) -> int:
 def worker_app() -> FastAPI:
     """Return the application of one of several workers, by the settings in the environment."""
     settings = read_settings({})
+    _configure_logs(settings)
     return create_app(settings, partial(_open_model, settings))
+
+
+def _configure_logs(settings: Settings) -> None:
+    configure(
+        level=settings.log_level,
+        style=settings.log_format,
+        personal_data=settings.log_personal_data,
+    )
 
 
 def _experiment(settings: Settings) -> Experiment:
@@ -109,7 +126,7 @@ def _listen(settings: Settings, app: FastAPI | str) -> None:
         loop="uvloop",
         http="httptools",
         ws="none",
-        log_level="warning",
+        log_config=None,  # the root's handler writes what the server says
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -38,7 +38,7 @@ from service.schemas import (
     ScoreAnswer,
     ScoreBody,
 )
-from service.wiring import ARM, USABLE_SHARE, Services
+from service.wiring import ARM, ASKED, STAGES, USABLE_SHARE, Services
 
 router = APIRouter()
 
@@ -115,6 +115,7 @@ async def recommend(
     settings = services.settings
     arm = services.arms.arm_for(body.user_id, body.arm)
     request.scope[ARM] = arm
+    request.scope[ASKED] = body
     manifest = arm.model.manifest
     if manifest.score_kind == "affinity" and body.k > manifest.n_items:
         message = f"Input should be at most {manifest.n_items}, the items of the catalogue"
@@ -145,6 +146,7 @@ async def recommend(
     )
     now = time.perf_counter()
     seconds = {**found.seconds, "respond": now - ranked, "total": now - started}
+    request.scope[STAGES] = seconds
     for stage, taken_s in seconds.items():
         arm.metrics.observe_recommend_stage(stage, taken_s)
     arm.metrics.history_behaviors.observe(found.history_length)

@@ -1,6 +1,7 @@
 """The ASGI application."""
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from service import api, browse, problems, site
 from service.body_limit import BodyLimit
 from service.errors import ServiceError
 from service.history import HistoryStore
+from service.logs import log_event
 from service.model import Model
+from service.request_log import RequestLog, ids_of
 from service.score_endpoint import score_endpoint
 from service.settings import Settings
 from service.titles import read_titles
@@ -41,11 +44,17 @@ def create_app(
     """
     titles = read_titles(settings.titles)
 
+    requests = RequestLog(settings)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with running(settings, open_model, titles=titles, history=history) as services:
             app.state.services = services
+            arms = {arm.name: arm.metrics.version for arm in services.arms}
+            log_event(_log, logging.INFO, "service-started", arms=arms)
             yield
+        await requests.close()
+        log_event(_log, logging.INFO, "service-stopped")
 
     app = _App(
         title="Mneme",
@@ -58,8 +67,9 @@ def create_app(
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
-    app.add_middleware(_AlwaysAnswer)
-    app.score = _AlwaysAnswer(BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes))
+    app.add_middleware(_AlwaysAnswer, requests=requests)
+    limited = BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes)
+    app.score = _AlwaysAnswer(limited, requests=requests)
     return app
 
 
@@ -99,36 +109,54 @@ class _JsonBody:
 
 
 class _AlwaysAnswer:
-    """ASGI middleware: counts answers by route and status, and answers where nobody else did."""
+    """ASGI middleware: counts answers by route and status, and answers where nobody else did.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Every answer says the ids of its request.
+    """
+
+    def __init__(self, app: ASGIApp, *, requests: RequestLog) -> None:
         self._app = app
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        started = False
+        began = time.perf_counter()
+        route = _route(scope["path"])
+        context = self._requests.begin(scope, route)
+        status = 0
 
         async def counted(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 arm = scope.get(ARM)
                 scope["app"].state.services.metrics.count_answer(
-                    _route(scope["path"]),
-                    message["status"],
+                    route,
+                    status,
                     arm=arm.name if arm else "",
                     version=arm.metrics.version if arm else "",
                 )
-                started = True
+                message["headers"] = [*message["headers"], *context.headers]
             await send(message)
 
         try:
             await self._app(scope, receive, counted)
         except Exception as error:  # whatever it is, the client must hear of it
-            if started:
+            if status:
                 raise
-            _log.exception("unexpected error")
+            ids = ids_of(context)
+            log_event(_log, logging.ERROR, "request-failed", error=error, **ids, route=route)
             answer = problems.problem_response(ServiceError(f"unexpected {type(error).__name__}"))
             await answer(scope, receive, counted)
+        finally:
+            self._requests.end(
+                context,
+                scope,
+                route=route,
+                status=status,
+                began=began,
+                ended=time.perf_counter(),
+            )

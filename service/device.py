@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from contract.bundle import OUTPUT_NAME, WEIGHTS_NAME, Precision
 from contract.encoding import ModelInputs
 from contract.errors import BundleError
+from service.logs import log_event
 from service.shapes import Shape
 
 Provider = Literal["cpu", "cuda"]
@@ -256,6 +257,6 @@ def _pinned_memory() -> Any:
         if device.ep_name == _CUDA:
             memory = device.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
             if memory is None:
-                _log.warning("onnxruntime offers no pinned memory: copies to the GPU are slower")
+                log_event(_log, logging.WARNING, "no-pinned-memory")
             return memory
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from contract.errors import ContractError
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, parse_experiment, read_content
+from service.logs import log_event
 from service.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ class ExperimentWatch:
             except (ContractError, ExperimentError, ServiceError) as error:
                 self._refuse(str(error))
             except Exception as error:  # noqa: BLE001  # whatever it is, what is applied goes on
-                _log.exception("unexpected error")
-                self._refuse(f"{self._path}: unexpected {type(error).__name__}")
+                self._refuse(f"{self._path}: unexpected {type(error).__name__}", error)
 
     async def _look(self) -> None:
         try:
@@ -65,11 +65,11 @@ class ExperimentWatch:
         await self._apply(parse_experiment(content, self._path))
         self.refused = None
         self._metrics.experiment_reloads.labels("applied").inc()
-        _log.warning("%s: applied", self._path)
+        log_event(_log, logging.INFO, "experiment-applied", file=str(self._path))
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, unexpected: Exception | None = None) -> None:
         if reason == self.refused:  # said already: a file that is away is away at every look
             return
         self.refused = reason
         self._metrics.experiment_reloads.labels("refused").inc()
-        _log.error("the experiments file is refused, what was applied stays: %s", reason)
+        log_event(_log, logging.ERROR, "experiment-refused", error=unexpected, reason=reason)

@@ -233,7 +233,7 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
-        self.build_info.labels(_own_version(), platform.python_version()).set(1)
+        self.build_info.labels(own_version(), platform.python_version()).set(1)
         # There before the first of them.
         for outcome in ("applied", "refused"):
             self.experiment_reloads.labels(outcome)
@@ -325,7 +325,8 @@ class ArmMetrics:
         self._shadowed[outcome].inc()
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """Return the version of this program."""
     try:
         return version("mneme")
     except PackageNotFoundError:  # a folder of sources runs as well

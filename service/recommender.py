@@ -111,6 +111,7 @@ class Recommender:
             candidate_items=self._rows(0),
             unknown_candidates=0,
             degraded=False,
+            began=0.0,
             fetch_s=0.0,
             encode_s=0.0,
         )

@@ -22,7 +22,7 @@ from service.arms import Arm
 from service.errors import ClientLeft, ServiceError
 from service.schemas import MAX_DEADLINE_MS, Behavior, ScoreBody
 from service.scorer import Scored, ScoreRequest
-from service.wiring import ARM, USABLE_SHARE, Services
+from service.wiring import ARM, ASKED, SCORED, STAGES, USABLE_SHARE, Services
 
 _DEADLINE = b"x-deadline-ms"
 _BODY = TypeAdapter(ScoreBody)
@@ -35,7 +35,7 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     started = time.perf_counter()
     try:
         raw = await _read(receive)
-        body = _parse(raw)
+        body = scope[ASKED] = _parse(raw)
         deadline = started + USABLE_SHARE * _deadline_s(scope, services.settings.deadline_s)
         arm = services.arms.arm_for(body.user_id, body.arm)
         scope[ARM] = arm
@@ -57,7 +57,7 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     except RequestValidationError as error:
         await problems.validation_response(error)(scope, receive, send)
     else:
-        await _answer(arm, scored, waited_s, started, send)
+        await _answer(arm, scored, waited_s, started, scope, send)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -132,7 +132,9 @@ def _leaving(receive: Receive) -> Callable[[], bool]:
     return has_left
 
 
-async def _answer(arm: Arm, scored: Scored, waited_s: float, started: float, send: Send) -> None:
+async def _answer(
+    arm: Arm, scored: Scored, waited_s: float, started: float, scope: Scope, send: Send
+) -> None:
     manifest = arm.model.manifest
     body = orjson.dumps(
         {
@@ -154,6 +156,15 @@ async def _answer(arm: Arm, scored: Scored, waited_s: float, started: float, sen
         f"infer;dur={1000 * scored.infer_s:.3f}, queue;dur={1000 * waited_s:.3f}, "
         f"respond;dur={1000 * respond_s:.3f}, total;dur={1000 * total_s:.3f}"
     )
+    scope[SCORED] = scored
+    scope[STAGES] = {
+        "fetch": scored.fetch_s,
+        "encode": scored.encode_s,
+        "queue": waited_s,
+        "infer": scored.infer_s,
+        "respond": respond_s,
+        "total": total_s,
+    }
     headers = [
         (b"content-length", str(len(body)).encode()),
         (b"content-type", b"application/json"),

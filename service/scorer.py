@@ -50,7 +50,8 @@ class ScoreRequest:
 class Prepared:
     """An encoded request: rows [n], buckets [n, G] of its n behaviors, rows [C] of its candidates.
 
-    `fetch_s`, `encode_s`: seconds that its batch took.
+    `fetch_s`, `encode_s`: seconds that its batch took. `began`: when its batch did, on the clock of
+    `time.perf_counter`.
     """
 
     history_items: NDArray[np.int64]
@@ -58,6 +59,7 @@ class Prepared:
     candidate_items: NDArray[np.int64]
     unknown_candidates: int
     degraded: bool
+    began: float
     fetch_s: float
     encode_s: float
 
@@ -66,13 +68,15 @@ class Prepared:
 class Scored:
     """Scores float32 [C] in the order asked, and where the time went (seconds by stage).
 
-    `ended`: when the run of its batch did, on the clock of `time.perf_counter`.
+    `began`: when its batch was read, `ended`: when its batch was run, on the clock of
+    `time.perf_counter`.
     """
 
     scores: NDArray[np.float32]
     history_length: int
     unknown_candidates: int
     degraded: bool
+    began: float
     fetch_s: float
     encode_s: float
     infer_s: float
@@ -155,7 +159,7 @@ class BatchScorer:
         if readable:
             raw = [history for history in histories if isinstance(history, bytes)]
             asked = [requests[b] for b in readable]
-            encoded, encode_s = self._encode(asked, raw, fetch_s, degraded=degraded)
+            encoded, encode_s = self._encode(asked, raw, started, fetch_s, degraded=degraded)
             self._metrics.observe_stage("encode", encode_s)
             for b, one in zip(readable, encoded, strict=True):
                 outcome[b] = one
@@ -178,7 +182,7 @@ class BatchScorer:
             if isinstance(history, ServiceError):
                 raise history
             newest = history[-RECORD_BYTES * self._length :]
-            (one,), _ = self._encode([request], [newest], fetch_s, degraded=degraded)
+            (one,), _ = self._encode([request], [newest], started, fetch_s, degraded=degraded)
             if isinstance(one, ServiceError):
                 raise one
         except CorruptHistoryError:
@@ -222,6 +226,7 @@ class BatchScorer:
                 history_length=len(one.history_items),
                 unknown_candidates=one.unknown_candidates,
                 degraded=one.degraded,
+                began=one.began,
                 fetch_s=one.fetch_s,
                 encode_s=one.encode_s,
                 infer_s=infer_s,
@@ -266,6 +271,7 @@ class BatchScorer:
         self,
         requests: Sequence[ScoreRequest],
         histories: Sequence[bytes],
+        began: float,
         fetch_s: float,
         *,
         degraded: bool,
@@ -297,6 +303,7 @@ class BatchScorer:
                 candidate_items=inputs.candidate_items[b, : len(request.candidates)],
                 unknown_candidates=n_unknown_B[b],
                 degraded=degraded and request.history is None,
+                began=began,
                 fetch_s=fetch_s,
                 encode_s=encode_s,
             )

@@ -15,6 +15,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.connection import parse_url
 
+from service.logs import Format, Level
+
 PREFIX = "MNEME_"
 
 
@@ -99,6 +101,31 @@ class Settings(BaseSettings):
     )
     max_clock_skew_s: Annotated[int, Field(ge=0)] = Field(
         default=86_400, description="How far in the future an event may lie."
+    )
+    log_level: Level = Field(
+        default="info",
+        description="The least severe events that are written: debug, info, warning or error.",
+    )
+    log_format: Format = Field(
+        default="json", description="Events on stderr: json, one object a line, or text for people."
+    )
+    log_personal_data: bool = Field(
+        default=False,
+        description="Write user ids, candidates and the messages of unexpected errors, too.",
+    )
+    slow_request_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Seconds after which a request is written as slow; without it, after the "
+        "deadline_s or recommend_deadline_s of its route.",
+    )
+    slow_log_per_s: Annotated[float, Field(ge=0)] = Field(
+        default=10.0,
+        description="Slow requests that each worker writes at most in a second; 0 for none.",
+    )
+    tracing: Literal["off", "otel"] = Field(
+        default="off",
+        description="Spans for OpenTelemetry, which needs the extra `otel`; its own OTEL_ "
+        "variables say where to.",
     )
 
     @model_validator(mode="after")

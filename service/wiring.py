@@ -19,6 +19,10 @@ from service.settings import Settings
 USABLE_SHARE = 0.85
 # Where a route leaves, in the ASGI scope, the arm that it chose.
 ARM = "mneme.arm"
+# The same: the body of the request, its seconds by stage, and its `Scored`.
+ASKED = "mneme.asked"
+STAGES = "mneme.stages"
+SCORED = "mneme.scored"
 
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 

@@ -9,7 +9,13 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("service.__main__", ["torch", "training", "exporter", "loadtest", "polars"]),
+        (
+            "service.__main__",
+            [
+                *("torch", "training", "exporter", "loadtest", "polars"),
+                *("service.tracing", "opentelemetry.sdk.trace"),
+            ],
+        ),
         ("training.__main__", ["fastapi", "redis", "service", "onnxruntime"]),
         ("exporter.__main__", ["fastapi", "redis", "service"]),
         ("loadtest.__main__", ["torch", "onnxruntime", "service", "training"]),

@@ -1,11 +1,12 @@
 """`python -m service` as people run it: one clear line for their errors, nothing left behind."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,9 +26,23 @@ from service.__main__ import main
 from service.experiment import read_experiment
 from tests.service.histories import NOW, records, steps, write_log
 from tests.service.live_service import PATIENCE_S, wait_until
+from tests.service.logged import events_of
 from tests.service.tiny_bundle import HISTORY_LENGTH, ITEM_IDS, flip_a_byte
 
+STARTED, STOPPED = "service-started", "service-stopped"
 OFFLINE_PACKAGES = ("torch", "training", "exporter", "loadtest", "polars", "onnx", "matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """What `main` does to the logs of this process ends with the test."""
+    root, server = logging.getLogger(), logging.getLogger("uvicorn")
+    handlers, level, server_level = list(root.handlers), root.level, server.level
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    server.setLevel(server_level)
 
 
 def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -126,7 +141,10 @@ class TestServe:
             stdout, stderr = process.communicate(timeout=PATIENCE_S)
         assert process.returncode in (0, -signal.SIGTERM)
         assert stdout == f"serving tiny-1 at {url}\n"
-        assert stderr == ""
+        started, stopped = events_of(stderr)
+        assert (started["event"], stopped["event"]) == (STARTED, STOPPED)
+        assert started["arms"] == {"main": "tiny-1"}
+        assert started["pid"] == process.pid
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
         with pytest.raises(httpx.ConnectError):
@@ -195,6 +213,42 @@ class TestServe:
         printed = capsys.readouterr()
         assert message in one_line(printed.err)
         assert printed.out == ""
+
+    @pytest.mark.parametrize("style", ["json", "text"])
+    def test_slow_requests_are_lines_on_stderr(self, good_bundle, redis_url, style):
+        """With any number of them the lines stay whole, and stdout is not theirs."""
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        arguments = ("--bundle", good_bundle, "--redis-url", redis_url, "--port", str(port))
+        logs = ("--log-format", style, "--slow-request-s", "1e-9", "--slow-log-per-s", "1000")
+        with running_service(*arguments, *logs, "--redis-timeout-s", "5") as process:
+            wait_until(lambda: is_ready(url, process), "the service is ready")
+            for n in range(20):
+                answer = httpx.post(
+                    f"{url}/score",
+                    json={"user_id": "somebody-in-particular", "candidates": [1]},
+                    headers={"X-Deadline-Ms": "30000", "X-Request-Id": f"request-{n}"},
+                    trust_env=False,
+                )
+                assert answer.status_code == 200, answer.text
+            process.send_signal(signal.SIGTERM)
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        assert stdout == f"serving tiny-1 at {url}\n"
+        assert "somebody-in-particular" not in stderr
+        lines = stderr.splitlines()
+        assert len(lines) == 20 + 2
+        for n, line in enumerate(lines[1:-1]):
+            if style == "json":
+                assert json.loads(line)["request_id"] == f"request-{n}"
+            else:
+                assert f' request-slow logger="service.request_log" pid={process.pid} ' in line
+                assert f' request_id="request-{n}" ' in line
+
+    def test_tracing_without_its_extra_is_one_line(self, capsys, monkeypatch, good_bundle):
+        monkeypatch.delitem(sys.modules, "service.tracing", raising=False)
+        monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)  # as if it were not installed
+        assert main(["--bundle", str(good_bundle), "--tracing", "otel"]) == 2
+        assert "tracing: otel needs the extra `otel`" in one_line(capsys.readouterr().err)
 
     def test_an_unknown_variable_is_one_line(self, capsys, monkeypatch):
         monkeypatch.setenv("MNEME_BUNDEL", "b")
@@ -391,7 +445,8 @@ class TestWorkers:
             stdout, stderr = process.communicate(timeout=PATIENCE_S)
         assert process.returncode in (0, -signal.SIGTERM)
         assert stdout == f"serving tiny-1 at {workers.url}\n"
-        assert stderr == ""
+        told = Counter(event["event"] for event in events_of(stderr))
+        assert told == {STARTED: 3, STOPPED: 2}
         assert workers.metrics_folders == []
         wait_until(lambda: living_of_group(process.pid) == [], "all processes have ended")
         with pytest.raises(httpx.ConnectError):

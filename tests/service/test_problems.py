@@ -20,6 +20,7 @@ PROBLEMS = [
     (errors.DeadlineExceededError, 503, "deadline-exceeded", "1"),
     (errors.ModelFailedError, 500, "model-failed", None),
     (errors.NotRecommendableError, 409, "not-recommendable", None),
+    (errors.NotExplainableError, 409, "not-explainable", None),
     (ServiceError, 500, "internal-error", None),
 ]
 
