@@ -17,6 +17,8 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from service.tallies import CounterTally, HistogramTally
+
 # Where all workers keep their metrics; prometheus-client reads this name when it is imported.
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -242,7 +244,8 @@ class Metrics:
         for operation in ("fetch", "append"):
             self.redis_failures.labels(operation)
         self._refresh: list[Callable[[], None]] = []
-        self._answers: dict[tuple[str, int, str, str], Counter] = {}
+        self._answers: dict[tuple[str, int, str, str], CounterTally] = {}
+        self._tallies: list[CounterTally | HistogramTally] = []
 
     def of_arm(self, arm: str, version: str) -> "ArmMetrics":
         """Return what one arm counts."""
@@ -256,9 +259,26 @@ class Metrics:
         # Looking up labels costs more than counting.
         (self._answers.get(key) or self._answer(key)).inc()
 
-    def _answer(self, key: tuple[str, int, str, str]) -> Counter:
-        counter = self._answers[key] = self.requests.labels(*key)
+    def _answer(self, key: tuple[str, int, str, str]) -> CounterTally:
+        counter = self._answers[key] = self.tally_counter(self.requests.labels(*key))
         return counter
+
+    def tally_counter(self, counter: Counter) -> CounterTally:
+        """Return what `flush` writes to a counter."""
+        tally = CounterTally(counter)
+        self._tallies.append(tally)
+        return tally
+
+    def tally_histogram(self, histogram: Histogram) -> HistogramTally:
+        """Return what `flush` writes to a histogram."""
+        tally = HistogramTally(histogram)
+        self._tallies.append(tally)
+        return tally
+
+    def flush(self) -> None:
+        """Write what requests have added: to be called now and then, for other workers to see."""
+        for tally in self._tallies:
+            tally.flush()
 
     def before_scrape(self, refresh: Callable[[], None]) -> Callable[[], None]:
         """Let `refresh` bring gauges up to date whenever metrics are asked for.
@@ -272,6 +292,7 @@ class Metrics:
         """Return all metrics in Prometheus' format: of all workers, where there are several."""
         for refresh in self._refresh:
             refresh()
+        self.flush()
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is None:
             return generate_latest(self.registry)
@@ -285,27 +306,34 @@ class ArmMetrics:
     """The metrics of one arm; labels are looked up once, not for each request."""
 
     def __init__(self, metrics: Metrics, arm: str, version: str) -> None:
+        counter, histogram = metrics.tally_counter, metrics.tally_histogram
         labels = (arm, version)
         self.arm, self.version = arm, version
         self.before_scrape = metrics.before_scrape
-        self.batch_requests = metrics.batch_requests.labels(*labels)
-        self.batch_work = metrics.batch_work.labels(*labels)
-        self.padding = metrics.padding.labels(*labels)
-        self.history_behaviors = metrics.history_behaviors.labels(*labels)
+        self.batch_requests = histogram(metrics.batch_requests.labels(*labels))
+        self.batch_work = histogram(metrics.batch_work.labels(*labels))
+        self.padding = counter(metrics.padding.labels(*labels))
+        self.history_behaviors = histogram(metrics.history_behaviors.labels(*labels))
         self.queued_work = metrics.queued_work.labels(*labels)
         self.queued_requests = metrics.queued_requests.labels(*labels)
-        self.candidates = metrics.candidates.labels(*labels)
-        self.unknown_candidates = metrics.unknown_candidates.labels(*labels)
-        self.corrupt_histories = metrics.corrupt_histories.labels(*labels)
-        self.degraded = metrics.degraded.labels(*labels)
+        self.candidates = counter(metrics.candidates.labels(*labels))
+        self.unknown_candidates = counter(metrics.unknown_candidates.labels(*labels))
+        self.corrupt_histories = counter(metrics.corrupt_histories.labels(*labels))
+        self.degraded = counter(metrics.degraded.labels(*labels))
         self.fetch_failures = metrics.redis_failures.labels("fetch")
-        self._dropped = {why: metrics.dropped.labels(why, *labels) for why in DROP_REASONS}
-        self._shadowed = {one: metrics.shadowed.labels(one, *labels) for one in _SHADOW_OUTCOMES}
+        self._dropped = {
+            reason: counter(metrics.dropped.labels(reason, *labels)) for reason in DROP_REASONS
+        }
+        self._shadowed = {
+            outcome: counter(metrics.shadowed.labels(outcome, *labels))
+            for outcome in _SHADOW_OUTCOMES
+        }
         self._stages = {
-            stage: metrics.stage_seconds.labels(stage, *labels) for stage in (*STAGES, _SHADOW)
+            stage: histogram(metrics.stage_seconds.labels(stage, *labels))
+            for stage in (*STAGES, _SHADOW)
         }
         self._recommend_stages = {
-            stage: metrics.recommend_seconds.labels(stage, *labels) for stage in STAGES
+            stage: histogram(metrics.recommend_seconds.labels(stage, *labels)) for stage in STAGES
         }
 
     def observe_stage(self, stage: str, seconds: float) -> None:

@@ -24,6 +24,8 @@ ASKED = "mneme.asked"
 STAGES = "mneme.stages"
 SCORED = "mneme.scored"
 
+# So old is, at most, what one worker tells of another.
+_METRICS_S = 0.5
 _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 
@@ -51,6 +53,7 @@ async def running(
 ) -> AsyncIterator[Services]:
     """Yield everything wired and started; stop and close it afterwards."""
     metrics = Metrics()
+    writing = asyncio.create_task(_write_now_and_then(metrics))
     store = history or HistoryStore(
         connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
         prefix=settings.key_prefix,
@@ -91,3 +94,11 @@ async def running(
                 await watching
         await arms.close()
         await store.close()
+        writing.cancel()
+        metrics.flush()
+
+
+async def _write_now_and_then(metrics: Metrics) -> None:
+    while True:
+        await asyncio.sleep(_METRICS_S)
+        metrics.flush()

@@ -38,7 +38,7 @@ local n = 0
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["X-Deadline-Ms"] = "1000"
-request = function()
+%srequest = function()
   n = n %% #bodies + 1
   return wrk.format(nil, "%s", nil, bodies[n])
 end
@@ -139,7 +139,8 @@ def wrk(target: Target, bodies: Sequence[bytes], connections: int, seconds: int)
     with tempfile.TemporaryDirectory(prefix="mneme-wrk-") as folder:
         lines, script = Path(folder) / "bodies", Path(folder) / "script.lua"
         lines.write_bytes(b"\n".join(bodies) + b"\n")
-        script.write_text(_SCRIPT % (lines, target.path))
+        headers = [f'wrk.headers["{name}"] = "{text}"\n' for name, text in target.headers.items()]
+        script.write_text(_SCRIPT % (lines, "".join(headers), target.path))
         url = f"http://{target.host}:{target.port}"
         command = [
             "wrk",

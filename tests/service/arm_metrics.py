@@ -11,4 +11,5 @@ def of_arm(metrics: Metrics) -> ArmMetrics:
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
     """Return the value of one sample of the arm; None where there is none."""
+    metrics.flush()
     return metrics.registry.get_sample_value(name, {**ARM, **labels})

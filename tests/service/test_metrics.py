@@ -30,7 +30,7 @@ metrics.redis_up.set(0)
 """
 SEE_REDIS = "metrics.redis_up.set(1)\n"
 SAY = "print(metrics.text().decode())"
-DIE = "os._exit(0)"
+DIE = "metrics.flush(); os._exit(0)"
 
 
 def samples(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
