@@ -215,6 +215,13 @@ class Metrics:
             ("operation",),
             registry=self.registry,
         )
+        self.gpu_memory = Gauge(
+            "mneme_gpu_memory_bytes",
+            "Memory of the GPU that serves: used (by all its processes) and total.",
+            ("kind",),
+            multiprocess_mode="livemostrecent",
+            registry=self.registry,
+        )
         # Whoever is asked has just looked; what another worker saw earlier is no news.
         self.redis_up = Gauge(
             "mneme_redis_up",

@@ -53,6 +53,8 @@ async def running(
 ) -> AsyncIterator[Services]:
     """Yield everything wired and started; stop and close it afterwards."""
     metrics = Metrics()
+    if settings.provider == "cuda":
+        metrics.before_scrape(_gpu_memory(metrics))
     writing = asyncio.create_task(_write_now_and_then(metrics))
     store = history or HistoryStore(
         connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
@@ -96,6 +98,20 @@ async def running(
         await store.close()
         writing.cancel()
         metrics.flush()
+
+
+def _gpu_memory(metrics: Metrics) -> Callable[[], None]:
+    # Only here: the library comes with the extra `gpu`.
+    from service.gpu_memory import GpuMemoryReader
+
+    reader = GpuMemoryReader()
+
+    def refresh() -> None:
+        if found := reader.read():
+            metrics.gpu_memory.labels("used").set(found.used)
+            metrics.gpu_memory.labels("total").set(found.total)
+
+    return refresh
 
 
 async def _write_now_and_then(metrics: Metrics) -> None:

@@ -110,11 +110,13 @@ def test_a_redis_that_goes_away_fires_its_alert_and_no_alert_of_the_service(watc
 
 
 def test_every_question_of_the_dashboards_is_answered(watched):
+    """But those of a GPU, which this service does not run on."""
     waiting = [
         (f"{path.name}: {panel['title']}", target["expr"])
         for path in DASHBOARDS
         for panel in json.loads(path.read_text())["panels"]
         for target in panel.get("targets", [])
+        if "mneme_gpu_" not in target["expr"]
     ]
     assert waiting
 
