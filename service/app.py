@@ -13,6 +13,7 @@ from service import api, browse, problems, site
 from service.body_limit import BodyLimit
 from service.errors import ServiceError
 from service.history import HistoryStore
+from service.http_protocol import COUNT_ANSWER
 from service.logs import log_event
 from service.model import Model
 from service.request_log import RequestLog, ids_of
@@ -47,12 +48,12 @@ def create_app(
     requests = RequestLog(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         async with running(settings, open_model, titles=titles, history=history) as services:
             app.state.services = services
             arms = {arm.name: arm.metrics.version for arm in services.arms}
             log_event(_log, logging.INFO, "service-started", arms=arms)
-            yield
+            yield {COUNT_ANSWER: services.metrics.count_answer}
         await requests.close()
         log_event(_log, logging.INFO, "service-stopped")
 
