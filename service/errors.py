@@ -68,6 +68,14 @@ class BodyTooLargeError(ServiceError):
     title = "The request body is too large"
 
 
+class UnsupportedEncodingError(ServiceError):
+    """The body is compressed: the service would have to unpack what may have any size."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    problem = "unsupported-encoding"
+    title = "The request body is encoded"
+
+
 class HistoryUnavailableError(ServiceError):
     """Redis did not answer in time, or refused the command."""
 

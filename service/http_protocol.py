@@ -151,6 +151,10 @@ class HttpProtocol(HttpToolsProtocol):
         if upgrade and any(name in _OF_A_BODY for name, _ in self.headers):
             # The parser takes the body for the other protocol.
             raise MalformedRequestError("only HTTP/1.1 is spoken: a body cannot ask for an upgrade")
+        if self.url.partition(b"?")[0][-3:].lower() == b"%0a":
+            # Starlette's routes end with `$`, which a line break passes: what asks for a path by
+            # name would take this for another one.
+            raise MalformedRequestError("the path of the request ends with a line break")
         super().on_headers_complete()
         self._in_head = False
         self._head_bytes = self._unparsed_bytes = 0  # from here on: of trailers

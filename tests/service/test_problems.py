@@ -17,6 +17,7 @@ PROBLEMS = [
     (errors.HeadTooLargeError, 431, "head-too-large", None),
     (errors.RequestTooSlowError, 408, "request-too-slow", None),
     (errors.BodyTooLargeError, 413, "body-too-large", None),
+    (errors.UnsupportedEncodingError, 415, "unsupported-encoding", None),
     (errors.HistoryUnavailableError, 503, "history-unavailable", "1"),
     (errors.CorruptHistoryError, 500, "corrupt-history", None),
     (errors.OverloadedError, 429, "overloaded", "1"),
