@@ -10,15 +10,17 @@ explain.onnx     where the model can tell: the same scores, and what each behavi
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from contract.catalogue import Catalogue
 from contract.errors import BundleError
 from contract.features import FeatureSpec
+from contract.files import open_plain, read_array, read_plain
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,6 +39,9 @@ ScoreKind = Literal["probability", "affinity"]
 Precision = Literal["fp32", "tf32", "fp16"]
 CalibrationMethod = Literal["none", "platt", "isotonic"]
 _HASH_CHUNK_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 1 << 20
+_MAX_REASONS = 10
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 class FileEntry(BaseModel):
@@ -60,7 +65,7 @@ class Manifest(BaseModel):
     probabilities, on the validation part; `metrics` are those of the calibrated ones.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: int
     model_name: Annotated[str, Field(min_length=1)]
@@ -70,7 +75,7 @@ class Manifest(BaseModel):
     n_items: Annotated[int, Field(ge=0)]
     golden_tolerance: Annotated[float, Field(gt=0)]
     precision: Precision = "fp32"
-    auc_change: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    auc_change: float | None = None
     calibration: CalibrationMethod = "none"
     metrics: dict[str, float]
     training_config: dict[str, Any]
@@ -86,7 +91,7 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _files_are_plain_names(self) -> "Manifest":
         for name in self.files:
-            if Path(name).name != name or name in {"", ".", "..", MANIFEST}:
+            if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
                 raise ValueError(f"files: {name!r} is not a plain file name")
         missing = [name for name in REQUIRED_FILES if name not in self.files]
         if missing:
@@ -95,12 +100,16 @@ class Manifest(BaseModel):
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return size and sha256 of a file, read in chunks."""
+    """Return size and sha256 of a plain file, read in chunks."""
+    with open_plain(path) as file:
+        return FileEntry(sha256=_sha256(file), size_bytes=os.fstat(file.fileno()).st_size)
+
+
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return FileEntry(sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
+    while chunk := file.read(_HASH_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,10 +118,11 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BundleError(f"bundle {folder}: no such folder")
     try:
-        raw = json.loads(path.read_bytes())
+        content = read_plain(path, max_bytes=_MAX_MANIFEST_BYTES)
+        raw = json.loads(content)
     except FileNotFoundError as error:
         raise BundleError(f"bundle {folder}: {MANIFEST} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"bundle {folder}: {MANIFEST} is not readable: {error}") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -121,26 +131,32 @@ def read_manifest(folder: Path) -> Manifest:
             f"this program reads version {FORMAT_VERSION}"
         )
     try:
-        return Manifest.model_validate_json(json.dumps(raw))
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()
+            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}"
+            for e in error.errors()[:_MAX_REASONS]
         )
         raise BundleError(f"bundle {folder}: {MANIFEST}: {reasons}") from error
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raise BundleError unless every listed file is there with its size and hash."""
+    """Raise BundleError unless every listed file is there, plain, with its size and hash."""
     for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(f"bundle {folder}: {name} is missing")
-        size = path.stat().st_size
+        try:
+            with open_plain(folder / name) as file:
+                size, found = os.fstat(file.fileno()).st_size, ""
+                if size == expected.size_bytes:
+                    found = _sha256(file)
+        except FileNotFoundError as error:
+            raise BundleError(f"bundle {folder}: {name} is missing") from error
+        except OSError as error:
+            raise BundleError(f"bundle {folder}: {name}: {error.strerror}") from error
         if size != expected.size_bytes:
             raise BundleError(
                 f"bundle {folder}: {name} has {size} bytes, {MANIFEST} says {expected.size_bytes}"
             )
-        if (found := file_entry(path).sha256) != expected.sha256:
+        if found != expected.sha256:
             raise BundleError(
                 f"bundle {folder}: {name} has sha256 {found[:12]}…, "
                 f"{MANIFEST} says {expected.sha256[:12]}…: the file was altered"
@@ -150,9 +166,9 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
 def read_catalogue(folder: Path, manifest: Manifest) -> Catalogue:
     """Read catalogue.npy; BundleError unless it is a catalogue of `manifest.n_items` items."""
     try:
-        item_ids = np.load(folder / CATALOGUE, allow_pickle=False)
-        catalogue = Catalogue(item_ids)
-    except (OSError, EOFError, ValueError) as error:
+        with open_plain(folder / CATALOGUE) as file:
+            catalogue = Catalogue(read_array(file))
+    except (OSError, ValueError) as error:
         raise BundleError(f"bundle {folder}: {CATALOGUE}: {error}") from error
     if len(catalogue) != manifest.n_items:
         raise BundleError(

@@ -50,7 +50,10 @@ class FeatureSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     history_length: Annotated[int, Field(ge=1, le=100_000)] = 1000
-    granularities: Annotated[tuple[Granularity, ...], Field(min_length=1)] = (HOURS, DAYS)
+    granularities: Annotated[tuple[Granularity, ...], Field(min_length=1, max_length=16)] = (
+        HOURS,
+        DAYS,
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "FeatureSpec":

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.errors import HistoryLogError
+from contract.files import open_plain, read_array
 from contract.records import RECORD, RECORD_BYTES
 
 FORMAT_VERSION = 1
@@ -70,9 +71,14 @@ class HistoryLog:
         return self.header.n_users
 
     def user_id(self, user: int) -> str:
-        """Return the id of the user with index `user`."""
+        """Return the id of the user with index `user`; HistoryLogError where it is no text."""
         start, end = self._user_id_offsets[user : user + 2]
-        return self._user_ids[start:end].tobytes().decode()
+        try:
+            return self._user_ids[start:end].tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise HistoryLogError(
+                f"{self.folder / USER_IDS}: user {user} has no id in UTF-8: {error}"
+            ) from error
 
     def history(self, user: int, newest: int | None = None) -> bytes:
         """Return the records of one user, oldest first; the `newest` ones only, where given."""
@@ -88,7 +94,7 @@ def _read_header(folder: Path) -> LogHeader:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise HistoryLogError(f"{folder} is not a prepared log: {HEADER} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HistoryLogError(f"{path} is not readable: {error}") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -119,8 +125,9 @@ def map_file(
 def read_offsets(path: Path, n_runs: int, total: int) -> NDArray[np.int64]:
     """Return int64 [n_runs + 1]; HistoryLogError unless they divide `total` entries into runs."""
     try:
-        offsets = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
+        with open_plain(path, follow_links=True) as file:
+            offsets = read_array(file)
+    except (OSError, ValueError) as error:
         raise HistoryLogError(f"{path} is not readable: {error}") from error
     if (
         offsets.dtype != np.int64

@@ -24,6 +24,7 @@ from service.backfill import backfill
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
+from service.http_protocol import http_protocol
 from service.logs import configure
 from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
@@ -124,7 +125,7 @@ def _listen(settings: Settings, app: FastAPI | str) -> None:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop",
-        http="httptools",
+        http=http_protocol(settings),
         ws="none",
         log_config=None,  # the root's handler writes what the server says
         access_log=False,

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from contract.records import encode_records
 from service.arms import Arm
@@ -21,6 +23,7 @@ from service.errors import (
     NotRecommendableError,
     OverloadedError,
     UnknownArmError,
+    UnsupportedEncodingError,
 )
 from service.experiment import Experiment
 from service.problems import responses
@@ -43,10 +46,9 @@ from service.wiring import ARM, ASKED, STAGES, USABLE_SHARE, Services
 router = APIRouter()
 
 DeadlineMs = Annotated[
-    float | None,
+    # A header may be absent, and is never null.
+    Annotated[float, Field(gt=0, le=MAX_DEADLINE_MS)] | SkipJsonSchema[None],
     Header(
-        gt=0,
-        le=MAX_DEADLINE_MS,
         description="Milliseconds within which the answer is of use; what cannot be answered "
         "by then is refused.",
     ),
@@ -67,6 +69,7 @@ def services_of(request: Request) -> Services:
         InvalidRequestError,
         UnknownArmError,
         BodyTooLargeError,
+        UnsupportedEncodingError,
         OverloadedError,
         HistoryUnavailableError,
         DeadlineExceededError,
@@ -92,6 +95,7 @@ async def score(body: ScoreBody, x_deadline_ms: DeadlineMs = None) -> Response:
         InvalidRequestError,
         UnknownArmError,
         BodyTooLargeError,
+        UnsupportedEncodingError,
         NotRecommendableError,
         OverloadedError,
         HistoryUnavailableError,
@@ -160,7 +164,11 @@ async def recommend(
     summary="Append behaviors to histories",
     response_model=EventsAnswer,
     responses=responses(
-        InvalidRequestError, BodyTooLargeError, HistoryUnavailableError, CorruptHistoryError
+        InvalidRequestError,
+        BodyTooLargeError,
+        UnsupportedEncodingError,
+        HistoryUnavailableError,
+        CorruptHistoryError,
     ),
 )
 async def events(body: EventsBody, request: Request) -> EventsAnswer:

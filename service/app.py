@@ -5,16 +5,25 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from contract.records import MAX_ITEM
 from service import api, browse, problems, site
 from service.body_limit import BodyLimit
-from service.errors import ServiceError
+from service.errors import (
+    HeadTooLargeError,
+    MalformedRequestError,
+    RequestTooSlowError,
+    ServiceError,
+)
 from service.history import HistoryStore
+from service.http_protocol import COUNT_ANSWER
 from service.logs import log_event
 from service.model import Model
+from service.problems import responses
 from service.request_log import RequestLog, ids_of
 from service.score_endpoint import score_endpoint
 from service.settings import Settings
@@ -47,12 +56,12 @@ def create_app(
     requests = RequestLog(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         async with running(settings, open_model, titles=titles, history=history) as services:
             app.state.services = services
             arms = {arm.name: arm.metrics.version for arm in services.arms}
             log_event(_log, logging.INFO, "service-started", arms=arms)
-            yield
+            yield {COUNT_ANSWER: services.metrics.count_answer}
         await requests.close()
         log_event(_log, logging.INFO, "service-stopped")
 
@@ -60,6 +69,8 @@ def create_app(
         title="Mneme",
         summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
         lifespan=lifespan,
+        responses=responses(MalformedRequestError, RequestTooSlowError, HeadTooLargeError),
+        redirect_slashes=False,  # to wherever the Host header says
     )
     app.include_router(api.router)
     app.include_router(browse.router)
@@ -78,12 +89,27 @@ class _App(FastAPI):
 
     score: ASGIApp
 
+    def openapi(self) -> dict[str, Any]:
+        """Return the schema, with the largest item id as it is: FastAPI rounds it to a float."""
+        document = super().openapi()
+        for schema in document["components"]["schemas"].values():
+            _restore_largest_id(schema)
+        return document
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/score" and scope["method"] == "POST":
             scope["app"] = self
             await self.score(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+
+def _restore_largest_id(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("maximum") == float(MAX_ITEM):
+            schema["maximum"] = MAX_ITEM
+        for part in schema.values():
+            _restore_largest_id(part)
 
 
 def _route(path: str) -> str:

@@ -2,13 +2,16 @@
 
 import time
 from typing import Annotated, Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic.json_schema import SkipJsonSchema
+from starlette.convertors import Convertor, register_url_convertor
 
 from contract.errors import RecordError
-from contract.records import RECORD, check_user_id, encode_records
+from contract.records import MAX_USER_ID_BYTES, RECORD, check_user_id, encode_records
 from service.api import DeadlineMs, services_of
 from service.errors import (
     BodyTooLargeError,
@@ -19,6 +22,7 @@ from service.errors import (
     ModelFailedError,
     NotExplainableError,
     UnknownArmError,
+    UnsupportedEncodingError,
 )
 from service.experiment import ArmName
 from service.problems import responses
@@ -37,6 +41,21 @@ from service.wiring import ARM, USABLE_SHARE, Services
 
 router = APIRouter()
 
+
+class _Text(Convertor[str]):
+    """A part of a path with any characters: Starlette's own `path` stops at a line break."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", _Text())
+
 _MAX_SAMPLE = 100
 HowMany = Annotated[int, Query(ge=1, le=_MAX_SAMPLE, description="At most so many.")]
 
@@ -49,6 +68,7 @@ HowMany = Annotated[int, Query(ge=1, le=_MAX_SAMPLE, description="At most so man
         InvalidRequestError,
         UnknownArmError,
         BodyTooLargeError,
+        UnsupportedEncodingError,
         NotExplainableError,
         HistoryUnavailableError,
         DeadlineExceededError,
@@ -119,7 +139,11 @@ async def explain(
     return Response(content, media_type="application/json", headers={"Server-Timing": timing})
 
 
-@router.get("/users/sample", summary="Some users who have a history")
+@router.get(
+    "/users/sample",
+    summary="Some users who have a history",
+    responses=responses(InvalidRequestError, HistoryUnavailableError),
+)
 async def some_users(request: Request, limit: HowMany = 10) -> SomeUsers:
     """Return ids of users, drawn at random; fewer than asked where the same are drawn again."""
     services = services_of(request)
@@ -131,12 +155,16 @@ async def some_users(request: Request, limit: HowMany = 10) -> SomeUsers:
 
 
 @router.get(
-    "/users/{user_id:path}/history",
+    "/users/{user_id:text}/history",
     summary="What a user did",
     responses=responses(InvalidRequestError, HistoryUnavailableError, CorruptHistoryError),
 )
 async def history(
-    user_id: str,
+    user_id: Annotated[
+        str,
+        # Checked below, as everywhere else; here it is only told.
+        Path(json_schema_extra={"minLength": 1, "maxLength": MAX_USER_ID_BYTES}),
+    ],
     request: Request,
     limit: Annotated[
         int,
@@ -148,6 +176,11 @@ async def history(
     It changes nothing.
     """
     services = services_of(request)
+    try:
+        # Starlette replaces bytes that are no UTF-8: that would be another user.
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError("user_id: the path is not valid UTF-8") from error
     try:
         check_user_id(user_id)
     except RecordError as error:
@@ -162,12 +195,17 @@ async def history(
     return HistoryAnswer(user_id=user_id, behaviors=_behaviors(services, found))
 
 
-@router.get("/items/sample", summary="Some items of a catalogue")
+@router.get(
+    "/items/sample",
+    summary="Some items of a catalogue",
+    responses=responses(InvalidRequestError, UnknownArmError),
+)
 async def some_items(
     request: Request,
     limit: HowMany = 10,
     arm: Annotated[
-        ArmName | None, Query(description="Whose catalogue; the first arm's unless said.")
+        ArmName | SkipJsonSchema[None],
+        Query(description="Whose catalogue; the first arm's unless said."),
     ] = None,
 ) -> SomeItems:
     """Return items that the model of an arm knows, drawn at random without repetition."""

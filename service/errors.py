@@ -36,12 +36,44 @@ class UnknownArmError(ServiceError):
     title = "There is no such arm"
 
 
+class MalformedRequestError(ServiceError):
+    """What arrived is no HTTP/1.1, or more of it ahead of its answers than is kept."""
+
+    status = HTTPStatus.BAD_REQUEST
+    problem = "malformed-request"
+    title = "The request is not valid HTTP"
+
+
+class HeadTooLargeError(ServiceError):
+    """The target and the headers have more bytes than the service reads."""
+
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    problem = "head-too-large"
+    title = "The request's head is too large"
+
+
+class RequestTooSlowError(ServiceError):
+    """The request did not arrive in the time that it may take."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    problem = "request-too-slow"
+    title = "The request took too long to arrive"
+
+
 class BodyTooLargeError(ServiceError):
     """The body has more bytes than the service reads."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     problem = "body-too-large"
     title = "The request body is too large"
+
+
+class UnsupportedEncodingError(ServiceError):
+    """The body is compressed: the service would have to unpack what may have any size."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    problem = "unsupported-encoding"
+    title = "The request body is encoded"
 
 
 class HistoryUnavailableError(ServiceError):

@@ -36,9 +36,12 @@ from pydantic import (
     field_validator,
 )
 
+from contract.files import read_plain
+
 MAX_ARMS = 16
 SINGLE_ARM = "main"
 
+_MAX_BYTES = 1 << 20
 _SHARES_ADD_UP_TO = 1e-6
 # Of the device, next to an arm that answers as many users.
 _SHADOW_WEIGHT = 0.1
@@ -140,7 +143,7 @@ def read_experiment(path: Path) -> Experiment:
 def read_content(path: Path) -> bytes:
     """Return the bytes of an experiments file; ExperimentError when it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_plain(path, max_bytes=_MAX_BYTES, follow_links=True)
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -156,15 +159,22 @@ def parse_experiment(content: bytes, path: Path) -> Experiment:
             for one in error.errors()
         )
         raise ExperimentError(f"{path}: {reasons}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ExperimentError(f"{path}: not TOML: {error}") from error
     folder = path.resolve().parent
     arms = {
-        # Resolved: where a link points is what is served, and another target is another bundle.
-        name: arm.model_copy(update={"bundle": (folder / arm.bundle).resolve()})
+        name: arm.model_copy(update={"bundle": _resolved(folder / arm.bundle, name, path)})
         for name, arm in experiment.arms.items()
     }
     return experiment.model_copy(update={"arms": arms})
+
+
+def _resolved(bundle: Path, arm: str, path: Path) -> Path:
+    """Return where a link points: that is what is served, and another target another bundle."""
+    try:
+        return bundle.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; NUL
+        raise ExperimentError(f"{path}: arms.{arm}.bundle: {error}") from error
 
 
 def _uniform(key: bytes, user_id: str) -> float:

@@ -38,7 +38,11 @@ def _user_id(value: Any) -> Any:
 
 UserId = Annotated[
     str,
-    BeforeValidator(_user_id, json_schema_input_type=str | int),
+    BeforeValidator(
+        _user_id,
+        json_schema_input_type=Annotated[str, Field(min_length=1, max_length=MAX_USER_ID_BYTES)]
+        | int,
+    ),
     Field(
         strict=True,
         description=f"1 to {MAX_USER_ID_BYTES} bytes; an integer is taken as its decimal string.",
@@ -60,6 +64,10 @@ AskedArm = Annotated[
     ArmName | None,
     Field(description="Answer by this arm, whoever the user is: for testers."),
 ]
+
+
+# Long lists of objects fail at the first that is wrong (`fail_fast`): a body of 200 KB can hold
+# 30,000 errors, and to put all of them into words would hold up everybody else for 0.7 s.
 
 
 class _Body(BaseModel):
@@ -107,6 +115,7 @@ class ScoreBody(_Body):
         list[Behavior] | None,
         Field(
             max_length=MAX_INLINE_BEHAVIORS,
+            fail_fast=True,
             description="Oldest first; read from the history store unless given.",
         ),
     ] = None
@@ -341,7 +350,7 @@ class Event(_Body):
 class EventBatch(_Body):
     """Behaviors of any users, each user's oldest first."""
 
-    events: Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS)]
+    events: Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS, fail_fast=True)]
 
 
 def _kind(body: Any) -> str:

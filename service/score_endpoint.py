@@ -90,7 +90,8 @@ def _parse_slowly(raw: bytes) -> ScoreBody:
         found = {"type": "json_invalid", "loc": (error.pos,), "ctx": {"error": error.msg}}
         raise RequestValidationError([found]) from error
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
+        # A URL for each error would cost more than all the rest.
+        raise RequestValidationError(error.errors(include_url=False)) from error
     except (ValueError, RecursionError) as error:
         raise problems.unreadable(error) from error
 
@@ -101,7 +102,9 @@ def _deadline_s(scope: Scope, otherwise: float) -> float:
             try:
                 return _DEADLINE_MS.validate_python(value.decode("latin-1")) / 1000
             except ValidationError as error:
-                found = [{**one, "loc": (_DEADLINE.decode(),)} for one in error.errors()]
+                found = [
+                    {**one, "loc": (_DEADLINE.decode(),)} for one in error.errors(include_url=False)
+                ]
                 raise RequestValidationError(found) from error
     return otherwise
 

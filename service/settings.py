@@ -28,7 +28,11 @@ class Settings(BaseSettings):
     """Everything that an operator can choose; the defaults serve one machine."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
     bundle: Path | None = Field(
@@ -126,6 +130,20 @@ class Settings(BaseSettings):
         default="off",
         description="Spans for OpenTelemetry, which needs the extra `otel`; its own OTEL_ "
         "variables say where to.",
+    )
+    max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
+        default=16_384,
+        description="Largest head of a request: target and headers; larger ones are answered 431.",
+    )
+    request_read_s: Annotated[float, Field(gt=0)] = Field(
+        default=5.0,
+        description="Seconds in which a request must have arrived once it has begun; later it is "
+        "answered 408.",
+    )
+    keep_alive_s: Annotated[float, Field(gt=0)] = Field(
+        default=5.0,
+        description="Seconds that a connection may wait for its next request; let it be longer "
+        "than what stands in front of the service keeps its own.",
     )
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ def read_titles(path: Path | None) -> Mapping[int, str]:
         return {int(item_id): title for item_id, title in pairs}
     except OSError as error:
         raise SettingsError(f"titles: {path}: {error.strerror or error}") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise SettingsError(f"titles: {path}: {error}") from error
 
 

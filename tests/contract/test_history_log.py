@@ -36,6 +36,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_an_id_that_is_no_text_is_refused_when_it_is_read(folder):
+    (folder / history_log.USER_IDS).write_bytes(b"ab\xff\xffc")
+    log = HistoryLog(folder)
+    assert log.user_id(0) == "a"
+    with pytest.raises(HistoryLogError, match=r"user_ids\.bin: user 1 has no id in UTF-8"):
+        log.user_id(1)
+
+
+def test_a_header_without_an_end_is_refused(folder):
+    (folder / history_log.HEADER).write_bytes(b"[" * 100_000)
+    with pytest.raises(HistoryLogError, match=r"log\.json is not readable"):
+        HistoryLog(folder)
+
+
+def test_offsets_in_an_archive_are_refused(folder):
+    with (folder / history_log.USER_ID_OFFSETS).open("wb") as file:
+        np.savez(file, np.array([0, 1, 4, 5]))
+    with pytest.raises(HistoryLogError, match=r"user_id_offsets\.npy is not readable"):
+        HistoryLog(folder)
+
+
 def test_users_and_histories_are_read_run_by_run(folder):
     log = HistoryLog(folder)
     assert [log.user_id(user) for user in range(len(log))] == ["a", "bé", "c"]

@@ -1,5 +1,6 @@
 """Bodies that are too large, announced or not, refused before they are gathered."""
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -64,6 +65,22 @@ class TestBothWays:
     def test_it_is_counted(self, limited, send):
         limited.client.post("/score", content=send(body_of(LIMIT + 1)))
         assert limited.metric("mneme_requests_total", route="/score", status="413") == 1
+
+
+class TestEncodings:
+    @pytest.mark.parametrize("route", ["/score", "/recommend", "/explain", "/events"])
+    @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
+    def test_an_encoded_body_is_refused_and_not_unpacked(self, service, route, encoding):
+        answer = service.client.post(
+            route, content=gzip.compress(bytes(1000)), headers={"Content-Encoding": encoding}
+        )
+        problem = assert_problem(answer, 415, "unsupported-encoding")
+        assert problem["detail"] == "the body has a Content-Encoding, expected plain JSON"
+
+    def test_the_encoding_that_is_none_is_read(self, service):
+        headers = {"Content-Encoding": "identity"}
+        answer = service.client.post("/score", content=body_of(100), headers=headers)
+        assert answer.json()["scores"] == [score_of(2)]
 
 
 def test_an_announced_terabyte_is_refused_before_it_is_sent(limited):

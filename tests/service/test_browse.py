@@ -127,7 +127,15 @@ class TestHistory:
         assert answer.json() == {"user_id": "nobody", "behaviors": []}
         assert redis.keys() == []
 
-    @pytest.mark.parametrize("user", ["a/b", "ä ?", "sample"])
+    @pytest.mark.parametrize("quoted", ["%FF", "a%C3", "%ED%A0%80"])
+    def test_bytes_that_are_no_text_are_nobody(self, service, redis, quoted):
+        """And not the user whose id is what stands in for them."""
+        redis.set("history:\ufffd", records((5, NOW)))
+        answer = service.client.get(f"/users/{quoted}/history")
+        problem = assert_problem(answer, 422, "invalid-request")
+        assert problem["detail"] == "user_id: the path is not valid UTF-8"
+
+    @pytest.mark.parametrize("user", ["a/b", "ä ?", "sample", "a\nb", "\n", "\0", "../x"])
     def test_any_user_id_can_be_asked_for(self, service, redis, user):
         redis.set(f"history:{user}", records((5, NOW)))
         quoted = "".join(f"%{byte:02X}" for byte in user.encode())

@@ -1,5 +1,6 @@
 """What an experiments file says, and who is answered by which arm."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -100,6 +101,44 @@ class TestFile:
     def test_bytes_that_are_no_text_are_refused(self, tmp_path):
         with pytest.raises(ExperimentError, match="not TOML"):
             parse_experiment(b"\xff\xfe", tmp_path / "x.toml")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            pytest.param(b"a = " + b"[" * 100_000, id="nested"),
+            pytest.param(b"a = " + b"1" * 5000, id="a huge number"),
+            pytest.param(b"a = 2026-13-41", id="no date"),
+            pytest.param(b"\0", id="NUL"),
+        ],
+    )
+    def test_what_no_parser_reads_is_refused(self, tmp_path, content):
+        with pytest.raises(ExperimentError, match="not TOML"):
+            parse_experiment(content, tmp_path / "x.toml")
+
+    @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999"])
+    @pytest.mark.parametrize("field", ["share", "weight"])
+    def test_numbers_are_finite(self, tmp_path, field, number):
+        fields = {"share": "1.0", field: number}
+        lines = "".join(f"{name} = {value}\n" for name, value in fields.items())
+        content = f'salt = "s"\n[arms.a]\nbundle = "a"\n{lines}'.encode()
+        with pytest.raises(ExperimentError, match=rf"arms\.a\.{field}: .*(finite|greater)"):
+            parse_experiment(content, tmp_path / "x.toml")
+
+    def test_a_bundle_that_cannot_be_a_path_is_refused_by_its_arm(self, tmp_path):
+        content = b'salt = "s"\n[arms.a]\nbundle = "a\\u0000b"\nshare = 1.0'
+        with pytest.raises(ExperimentError, match=r"arms\.a\.bundle: embedded null byte"):
+            parse_experiment(content, tmp_path / "x.toml")
+
+    def test_links_in_a_circle_are_refused_by_their_arm(self, tmp_path):
+        (tmp_path / "a").symlink_to("a")
+        content = b'salt = "s"\n[arms.a]\nbundle = "a"\nshare = 1.0'
+        with pytest.raises(ExperimentError, match=r"arms\.a\.bundle: Symlink loop"):
+            parse_experiment(content, tmp_path / "x.toml")
+
+    def test_a_pipe_in_place_of_the_file_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "x.toml")
+        with pytest.raises(ExperimentError, match="cannot be read: not a plain file"):
+            read_experiment(tmp_path / "x.toml")
 
     def test_there_are_no_more_arms_than_metrics_can_name(self):
         n = MAX_ARMS + 1

@@ -13,7 +13,11 @@ from tests.service.problem_answers import assert_problem
 PROBLEMS = [
     (errors.InvalidRequestError, 422, "invalid-request", None),
     (errors.UnknownArmError, 422, "unknown-arm", None),
+    (errors.MalformedRequestError, 400, "malformed-request", None),
+    (errors.HeadTooLargeError, 431, "head-too-large", None),
+    (errors.RequestTooSlowError, 408, "request-too-slow", None),
     (errors.BodyTooLargeError, 413, "body-too-large", None),
+    (errors.UnsupportedEncodingError, 415, "unsupported-encoding", None),
     (errors.HistoryUnavailableError, 503, "history-unavailable", "1"),
     (errors.CorruptHistoryError, 500, "corrupt-history", None),
     (errors.OverloadedError, 429, "overloaded", "1"),
