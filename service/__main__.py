@@ -21,6 +21,7 @@ from contract.errors import ContractError
 from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
+from service.connections import limited_protocol
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
@@ -124,7 +125,7 @@ def _listen(settings: Settings, app: FastAPI | str) -> None:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop",
-        http="httptools",
+        http=limited_protocol(settings),
         ws="none",
         log_config=None,  # the root's handler writes what the server says
         access_log=False,

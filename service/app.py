@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import api, browse, problems, site
 from service.body_limit import BodyLimit
+from service.connections import METRICS
 from service.errors import ServiceError
 from service.history import HistoryStore
 from service.logs import log_event
@@ -47,12 +48,12 @@ def create_app(
     requests = RequestLog(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         async with running(settings, open_model, titles=titles, history=history) as services:
             app.state.services = services
             arms = {arm.name: arm.metrics.version for arm in services.arms}
             log_event(_log, logging.INFO, "service-started", arms=arms)
-            yield
+            yield {METRICS: services.metrics}
         await requests.close()
         log_event(_log, logging.INFO, "service-stopped")
 
