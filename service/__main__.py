@@ -21,7 +21,7 @@ from contract.errors import ContractError
 from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
-from service.connections import limited_protocol
+from service.connections import limited_protocol, max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
@@ -71,6 +71,7 @@ def _serve(arguments: list[str]) -> int:
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
     read_titles(settings.titles)
+    max_connections(settings)
     bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
     opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
     versions = ", ".join(model.manifest.model_version for model in opened.values())

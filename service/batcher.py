@@ -47,6 +47,8 @@ Size = tuple[int, int]
 _LATEST_SHARE = 0.05
 # A client that was there so many seconds ago still is.
 _ASKED_EVERY_S = 0.002
+# Requests that one arm may hold: small ones have next to no work, and a shadow's nobody waits for.
+_MOST_INSIDE = 10_000
 # Of the admitted requests, no more shall be answered after their deadline.
 _LATE_SHARE = 0.005
 
@@ -244,6 +246,9 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             raise OverloadedError(
                 f"{waiting:,} units of work are waiting, {self._max_queue_work:,} may wait"
             )
+        if self._n_inside >= _MOST_INSIDE:
+            self._metrics.count_dropped("overloaded")
+            raise OverloadedError(f"{self._n_inside:,} requests are waiting, as many as may wait")
         predicted_end = self._predicted_end(work, now)
         if predicted_end + self._margin.value_s > deadline:
             self._metrics.count_dropped("hopeless")

@@ -14,10 +14,12 @@ from service.errors import (
     BodyTooLargeError,
     CorruptHistoryError,
     DeadlineExceededError,
+    DeviceMemoryError,
     HistoryUnavailableError,
     InvalidRequestError,
     ModelFailedError,
     NotExplainableError,
+    OverloadedError,
     UnknownArmError,
 )
 from service.experiment import ArmName
@@ -50,8 +52,10 @@ HowMany = Annotated[int, Query(ge=1, le=_MAX_SAMPLE, description="At most so man
         UnknownArmError,
         BodyTooLargeError,
         NotExplainableError,
+        OverloadedError,
         HistoryUnavailableError,
         DeadlineExceededError,
+        DeviceMemoryError,
         CorruptHistoryError,
         ModelFailedError,
     ),

@@ -19,7 +19,7 @@ from service.settings import Settings, SettingsError
 # Where the lifespan leaves the application's metrics for its connections.
 METRICS = "mneme.metrics"
 
-_DEFAULT_MOST = 4096
+_DEFAULT_MOST = 2048
 # Each connection may ask for a connection to Redis. The rest is for what a process has open anyway:
 # its sockets and pipes, the files of a bundle while it is opened, those of the metrics.
 _FILES_OF_ONE = 2

@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     max_connections: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="Connections that a worker holds at once; one more is answered 503 and closed. "
-        "Unless given, 4,096, or fewer where the limit of open files is low.",
+        "Unless given, 2,048, or fewer where the limit of open files is low.",
     )
     answer_taken_s: Annotated[float, Field(gt=0)] = Field(
         default=10.0,

@@ -149,7 +149,9 @@ def serve(redis_url) -> Iterator[Serve]:
             model = DummyModel(warm_up_took=warm_up_took, score_kind=score_kind, explains=explains)
             settings = patient_settings(changes.pop("redis_url", redis_url), **changes)
             service = stack.enter_context(
-                live_service(create_app(settings, lambda _: model, history=history), model)
+                live_service(
+                    create_app(settings, lambda _: model, history=history), model, settings
+                )
             )
             model.reset()  # what it ran to become warm is no test's
             return service

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.connections import limited_protocol
+from service.settings import Settings
 from tests.service.dummy_model import DummyModel
 
 PATIENCE_S = 30.0
@@ -114,9 +117,12 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def live_service(app: FastAPI, model: Any) -> Iterator[LiveService]:
-    """Serve `app` from a thread until the block ends."""
-    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="on")
+def live_service(
+    app: FastAPI, model: Any, settings: Settings | None = None
+) -> Iterator[LiveService]:
+    """Serve `app` from a thread until the block ends; `settings` are those of the connections."""
+    http = limited_protocol(settings or Settings(bundle=Path("unused")))
+    config = uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

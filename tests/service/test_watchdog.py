@@ -1,56 +1,20 @@
 """A process that hangs ends itself; one that was only held up does not."""
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from loadtest.redis_server import free_port
 from service.watchdog import WEDGED, Watchdog
-from tests.service.live_service import PATIENCE_S, wait_until
+from tests.service.dummy_process import DummyProcess, dummy_process
+from tests.service.live_service import PATIENCE_S
 from tests.service.logged import events_of
-
-# A service whose every run hangs once the file is there, in the device's thread or in the loop.
-HANGING_SERVICE = """
-import sys, threading, uvicorn
-from pathlib import Path
-from service.app import create_app
-from service.logs import configure
-from service.settings import Settings
-from tests.service.dummy_model import DummyModel
-
-url, port, flag, wedged_s, what = sys.argv[1:]
-configure(level="info", style="json", personal_data=False)
-
-class Model(DummyModel):
-    def run(self, inputs):
-        if what == "device" and Path(flag).exists():
-            threading.Event().wait()
-        return super().run(inputs)
-
-settings = Settings(
-    bundle=Path("unused"), redis_url=url, redis_timeout_s=5.0, wedged_s=float(wedged_s)
-)
-app = create_app(settings, lambda _: Model())
-
-@app.get("/hang")
-async def hang():
-    threading.Event().wait()
-
-uvicorn.run(app, port=int(port), log_config=None, access_log=False, ws="none")
-"""
-
 
 class Device:
     """What the watchdog is told of runs, and whether it has ended the process."""
@@ -131,41 +95,25 @@ class TestProcess:
     """A real one."""
 
     @pytest.fixture
-    def hanging(self, redis_url, tmp_path):
-        started: list[subprocess.Popen[str]] = []
-
-        def start(what: str, wedged_s: float) -> tuple[Any, str, Path]:
-            port, flag = free_port(), tmp_path / "hang"
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", HANGING_SERVICE),
-                    *(redis_url, str(port), str(flag), str(wedged_s), what),
-                ],
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-                stderr=subprocess.PIPE,
-                text=True,
+    def start(self, redis_url, tmp_path):
+        def begin(wedged_s: float):
+            return dummy_process(
+                tmp_path, redis_url=redis_url, redis_timeout_s=5.0, wedged_s=wedged_s
             )
-            started.append(process)
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: answers(url), "the service answers")
-            return process, url, flag
 
-        yield start
-        for process in started:
-            process.kill()
-            process.communicate()
+        return begin
 
-    def test_a_run_that_never_ends_makes_it_unready_and_then_ends_it(self, hanging):
-        process, url, flag = hanging("device", 2.0)
-        score(url)
-        flag.touch()
-        with ThreadPoolExecutor() as pool:
-            noticing = pool.submit(notice, url)
-            with pytest.raises(httpx.TransportError):
-                score(url)
-            seen = noticing.result()
-        _, stderr = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == WEDGED == 75
+    def test_a_run_that_never_ends_makes_it_unready_and_then_ends_it(self, start):
+        with start(2.0) as service:
+            assert service.score().status_code == 200
+            service.flag.touch()
+            with ThreadPoolExecutor() as pool:
+                noticing = pool.submit(notice, service)
+                with pytest.raises(httpx.TransportError):
+                    service.score()
+                seen = noticing.result()
+            _, stderr = service.process.communicate(timeout=PATIENCE_S)
+        assert service.process.returncode == WEDGED == 75
         assert {"status": "not ready", "redis": "up", "device": "stuck"} in seen
         (event,) = [event for event in events_of(stderr) if event["event"] == "wedged"]
         assert event["level"] == "error"
@@ -174,51 +122,32 @@ class TestProcess:
         assert "in run" in event["stacks"]["device_0"]
         assert "MainThread" in event["stacks"]
 
-    def test_a_loop_that_never_turns_ends_it(self, hanging):
-        process, url, _ = hanging("event loop", 1.0)
-        with pytest.raises(httpx.TransportError):
-            httpx.get(f"{url}/hang", timeout=PATIENCE_S, trust_env=False)
-        _, stderr = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == WEDGED
+    def test_a_loop_that_never_turns_ends_it(self, start):
+        with start(1.0) as service:
+            with pytest.raises(httpx.TransportError):
+                service.get("/hang")
+            _, stderr = service.process.communicate(timeout=PATIENCE_S)
+        assert service.process.returncode == WEDGED
         (event,) = [event for event in events_of(stderr) if event["event"] == "wedged"]
         assert event["what"] == "event loop"
         assert "in hang" in event["stacks"]["MainThread"]
 
-    def test_one_that_was_stopped_for_longer_goes_on(self, hanging):
+    def test_one_that_was_stopped_for_longer_goes_on(self, start):
         """As on a machine that slept, whose clock has gone on."""
-        process, url, _ = hanging("nothing", 1.0)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(2.0)
-        process.send_signal(signal.SIGCONT)
-        score(url)
-        time.sleep(0.3)  # some looks more
-        score(url)
-        assert process.poll() is None
+        with start(1.0) as service:
+            service.process.send_signal(signal.SIGSTOP)
+            time.sleep(2.0)
+            service.process.send_signal(signal.SIGCONT)
+            assert service.score().status_code == 200
+            time.sleep(0.3)  # some looks more
+            assert service.score().status_code == 200
 
 
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/healthz", trust_env=False).is_success
-    except httpx.TransportError:
-        return False
-
-
-def score(url: str) -> None:
-    answer = httpx.post(
-        f"{url}/score",
-        json={"user_id": "ann", "candidates": [1]},
-        headers={"X-Deadline-Ms": "30000"},
-        timeout=PATIENCE_S,
-        trust_env=False,
-    )
-    assert answer.status_code == 200, answer.text
-
-
-def notice(url: str) -> list[dict[str, str]]:
+def notice(service: DummyProcess) -> list[dict[str, str]]:
     """Return what /readyz says until nobody answers."""
     seen = []
     with suppress(httpx.TransportError):
         while True:
-            seen.append(httpx.get(f"{url}/readyz", timeout=PATIENCE_S, trust_env=False).json())
+            seen.append(service.get("/readyz").json())
             time.sleep(0.05)
     return seen
