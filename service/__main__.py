@@ -21,10 +21,10 @@ from contract.errors import ContractError
 from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
+from service.connections import limited_protocol, max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
-from service.http_protocol import http_protocol
 from service.logs import configure
 from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
@@ -71,6 +71,7 @@ def _serve(arguments: list[str]) -> int:
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
     read_titles(settings.titles)
+    max_connections(settings)
     bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
     opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
     versions = ", ".join(model.manifest.model_version for model in opened.values())
@@ -125,7 +126,7 @@ def _listen(settings: Settings, app: FastAPI | str) -> None:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop",
-        http=http_protocol(settings),
+        http=limited_protocol(settings),
         ws="none",
         log_config=None,  # the root's handler writes what the server says
         access_log=False,

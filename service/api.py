@@ -17,6 +17,7 @@ from service.errors import (
     BodyTooLargeError,
     CorruptHistoryError,
     DeadlineExceededError,
+    DeviceMemoryError,
     HistoryUnavailableError,
     InvalidRequestError,
     ModelFailedError,
@@ -73,6 +74,7 @@ def services_of(request: Request) -> Services:
         OverloadedError,
         HistoryUnavailableError,
         DeadlineExceededError,
+        DeviceMemoryError,
         CorruptHistoryError,
         ModelFailedError,
     ),
@@ -100,6 +102,7 @@ async def score(body: ScoreBody, x_deadline_ms: DeadlineMs = None) -> Response:
         OverloadedError,
         HistoryUnavailableError,
         DeadlineExceededError,
+        DeviceMemoryError,
         CorruptHistoryError,
         ModelFailedError,
     ),
@@ -261,11 +264,16 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", summary="Whether requests can be scored")
 async def readyz(request: Request) -> Response:
-    """Answer 200 when the model is loaded and histories can be read, 503 otherwise."""
+    """Answer 200 when the model is loaded and histories can be read, 503 otherwise.
+
+    Also while a run of the device takes so long that the process may have to be replaced.
+    """
     services = services_of(request)
     redis = await services.history.is_ready()
-    ready = redis or services.settings.on_redis_failure == "cold"
+    is_stuck = services.watchdog.suspects_device
+    ready = (redis or services.settings.on_redis_failure == "cold") and not is_stuck
     content = {"status": "ready" if ready else "not ready", "redis": "up" if redis else "away"}
+    content |= {"device": "stuck"} if is_stuck else {}
     return JSONResponse(content, 200 if ready else 503)
 
 

@@ -20,7 +20,7 @@ from service.errors import (
     ServiceError,
 )
 from service.history import HistoryStore
-from service.http_protocol import COUNT_ANSWER
+from service.http_protocol import METRICS
 from service.logs import log_event
 from service.model import Model
 from service.problems import responses
@@ -61,7 +61,7 @@ def create_app(
             app.state.services = services
             arms = {arm.name: arm.metrics.version for arm in services.arms}
             log_event(_log, logging.INFO, "service-started", arms=arms)
-            yield {COUNT_ANSWER: services.metrics.count_answer}
+            yield {METRICS: services.metrics}
         await requests.close()
         log_event(_log, logging.INFO, "service-stopped")
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from service.history import HistoryStore
 from service.metrics import ArmMetrics, Metrics
 from service.model import Model
 from service.recommender import Recommender
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
+from service.scorer import BatchScorer, DeviceThread, Prepared, Scored, ScoreRequest
 from service.settings import Settings
 from service.turns import Seat, SharedDevice
 
@@ -97,7 +96,7 @@ class _Served:
 
 
 class Arms:
-    """All arms of a service.
+    """All arms of a service. `thread`: the one of their device.
 
     `open_model`: loads a bundle; raises BundleError. Called in a thread of its own, so that what is
     served goes on meanwhile.
@@ -116,7 +115,7 @@ class Arms:
         self._metrics = metrics
         metrics.queue_work_limit.set(settings.max_queue_work)
         self._device = SharedDevice()
-        self._thread: ThreadPoolExecutor = device_thread()
+        self.thread = DeviceThread()
         self._applying = asyncio.Lock()
         self._draining: set[asyncio.Task[None]] = set()
         self._served: _Served | None = None
@@ -207,7 +206,7 @@ class Arms:
         if self._served is not None:
             for arm in self:
                 await arm.batcher.stop()
-        self._thread.shutdown()
+        self.thread.shutdown()
 
     async def _start(self, name: str, chosen: ArmSettings, opened: dict[Path, _Opened]) -> Arm:
         found = opened.get(chosen.bundle)
@@ -227,7 +226,7 @@ class Arms:
             model,
             self._store,
             metrics,
-            device=self._thread,
+            device=self.thread,
             on_redis_failure=settings.on_redis_failure,
             history_length=history_length,
         )
@@ -277,7 +276,7 @@ class Arms:
     async def _open(self, bundle: Path) -> _Opened:
         model = await asyncio.to_thread(self._open_model, bundle)
         took = await asyncio.get_running_loop().run_in_executor(
-            self._thread, model.warm_up, self._settings.max_batch_work
+            self.thread, model.warm_up, self._settings.max_batch_work
         )
         return _Opened(model=model, warm_up_took=took)
 

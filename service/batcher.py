@@ -10,6 +10,7 @@ batches the device may be lent to something else, and it may be shared with othe
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,9 +23,12 @@ from service.cost import BatchCost, Margin
 from service.errors import (
     ClientLeft,
     DeadlineExceededError,
+    DeviceMemoryError,
     OverloadedError,
     ServiceError,
 )
+from service.logs import log_event
+from service.memory_limit import MemoryLimit
 from service.metrics import ArmMetrics
 from service.shapes import ShapeGrid
 from service.turns import Seat
@@ -35,12 +39,16 @@ AnswerT = TypeVar("AnswerT")
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
+_log = logging.getLogger(__name__)
+
 # (candidates, history length) of a request.
 Size = tuple[int, int]
 # How much of the running mean of preparation times the latest one is.
 _LATEST_SHARE = 0.05
 # A client that was there so many seconds ago still is.
 _ASKED_EVERY_S = 0.002
+# Requests that one arm may hold: small ones have next to no work, and a shadow's nobody waits for.
+_MOST_INSIDE = 10_000
 # Of the admitted requests, no more shall be answered after their deadline.
 _LATE_SHARE = 0.005
 
@@ -81,20 +89,26 @@ class _Line(Generic[RequestT, PreparedT, AnswerT]):
         self.work -= pending.work
         return pending
 
+    def put_back(self, batch: "list[_Pending[RequestT, PreparedT, AnswerT]]") -> None:
+        self.pending.extendleft(reversed(batch))
+        self.work += sum(pending.work for pending in batch)
+
 
 class Batcher(Generic[RequestT, PreparedT, AnswerT]):
     """The way of requests to one device.
 
     `seat`: its place at the device.
     `prepare`, `run`: take a batch, one batch at a time each, and give as many results in the same
-    order; an error they raise answers the whole batch.
+    order; an error they raise answers the whole batch, but for a DeviceMemoryError of `run` in a
+    batch of several.
     `size`, `prepared_size`: candidates and history length, before and after preparation.
     `shapes`: what batches are padded to; their work is that of the padded shape.
     `cost`: learns what batches take, and predicts it.
     `short_s`: a batch that takes no longer may always grow. `margin_s`: the most that is kept free
     before a deadline because predictions err.
-    `max_batch_work`: of a batch, unless one request alone is larger. `max_queue_work`: of all that
-    wait.
+    `max_batch_work`: of a batch, unless one request alone is larger; less for a while after a batch
+    for which the device had no memory, whose requests are run in smaller ones.
+    `max_queue_work`: of all that wait.
     """
 
     def __init__(
@@ -121,7 +135,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         self._shapes = shapes
         self._cost = cost
         self._short_s = short_s
-        self._max_batch_work = max_batch_work
+        self._max_batch_work = MemoryLimit(max_batch_work)
         self._max_queue_work = max_queue_work
         self._metrics = metrics
         self._queue: _Line[RequestT, PreparedT, AnswerT] = _Line()
@@ -232,6 +246,9 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             raise OverloadedError(
                 f"{waiting:,} units of work are waiting, {self._max_queue_work:,} may wait"
             )
+        if self._n_inside >= _MOST_INSIDE:
+            self._metrics.count_dropped("overloaded")
+            raise OverloadedError(f"{self._n_inside:,} requests are waiting, as many as may wait")
         predicted_end = self._predicted_end(work, now)
         if predicted_end + self._margin.value_s > deadline:
             self._metrics.count_dropped("hopeless")
@@ -249,13 +266,14 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         return self._awaited_turns_s + (self._cost.predict(waiting) if waiting else 0.0)
 
     def _count_waiting(self) -> None:
+        self._metrics.batch_work_limit.set(self._max_batch_work.value)
         self._metrics.queued_work.set(self._waiting_work())
         self._metrics.queued_requests.set(
             len(self._queue.pending) + self._n_preparing + len(self._ready.pending)
         )
 
     def _batch_limit(self) -> float:
-        return min(self._max_batch_work, self._cost.worthwhile_work(self._short_s))
+        return min(self._max_batch_work.value, self._cost.worthwhile_work(self._short_s))
 
     async def _prepare_batches(self) -> None:
         while True:
@@ -292,7 +310,7 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         now = time.perf_counter()
         work = 0
         while self._queue.pending:
-            if batch and work + self._queue.pending[0].work > self._max_batch_work:
+            if batch and work + self._queue.pending[0].work > self._max_batch_work.value:
                 break
             pending = self._queue.take()
             if self._is_wanted(pending, now):
@@ -381,7 +399,14 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         taken_s = time.perf_counter() - started
         widest = (max(one.size[0] for one in batch), max(one.size[1] for one in batch))
         work = self._shapes.round_up(len(batch), *widest).work
-        self._cost.update(work, taken_s)
+        if isinstance(answers[0], DeviceMemoryError):  # it was one run: all of them have it
+            self._ask_for_less(work)
+            if len(batch) > 1:
+                # Taken again, they are fewer; and who cannot wait for that is told so.
+                self._ready.put_back(batch)
+                return
+        else:
+            self._cost.update(work, taken_s)
         for pending, answer in zip(batch, answers, strict=True):
             if pending.answer.done():  # the client left while its batch ran
                 continue
@@ -390,6 +415,18 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
             else:
                 waited_s = started - pending.entered - pending.preparation_s
                 pending.answer.set_result((answer, waited_s))
+
+    def _ask_for_less(self, failed_work: int) -> None:
+        if self._max_batch_work.lower(failed_work):
+            log_event(
+                _log,
+                logging.WARNING,
+                "device-out-of-memory",
+                arm=self._metrics.arm,
+                version=self._metrics.version,
+                failed_work=failed_work,
+                max_batch_work=self._max_batch_work.value,
+            )
 
     async def _results(
         self,

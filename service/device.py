@@ -4,7 +4,9 @@ Shapes: B requests, C candidates, L history length, G time granularities.
 """
 
 import logging
+import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,6 +33,12 @@ _SHAPE_OPERATORS = frozenset(
 )
 # Of onnxruntime's own numbers, for a run that is neither captured nor replayed.
 _NOT_CAPTURED = -1
+# onnxruntime has no type for it: these are the words of its arenas, of C++, CUDA, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = re.compile(
+    "Failed to allocate memory for requested buffer|is smaller than requested bytes|bad_alloc"
+    "|out of memory|ALLOC_FAILED|ALLOCATION_FAILED"
+)
+_FATAL = 4
 
 
 class Device(Protocol):
@@ -96,15 +104,23 @@ class CudaDevice:
         self.session = _open(graph, options, _CUDA, provider_options)
         refuse_compute_off(self.session, _CUDA, graph)
         self._granularities = granularities
+        self._graph_ids = count(1)
         self._buffers: dict[Shape, BoundBuffers] = {}
         self._uncaptured: tuple[Shape, BoundBuffers] | None = None
 
     def capture(self, shape: Shape) -> None:
         """Keep buffers for the shape; its first run captures a CUDA graph, later ones replay it."""
-        graph_id = len(self._buffers) + 1
         self._buffers[shape] = BoundBuffers(
-            self.session, shape, self._granularities, device="cuda", graph_id=graph_id
+            self.session,
+            shape,
+            self._granularities,
+            device="cuda",
+            graph_id=next(self._graph_ids),
         )
+
+    def forget(self, shape: Shape) -> None:
+        """Give up the buffers of a shape, if there are any; from now on it is run uncaptured."""
+        self._buffers.pop(shape, None)
 
     def inputs(self, shape: Shape) -> ModelInputs:
         """Return the shape's own arrays, in pinned memory where onnxruntime offers it."""
@@ -184,6 +200,11 @@ class BoundBuffers:
         return value.numpy()  # type: ignore[no-any-return]  # a view of the same memory
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether a run, or the arrays for it, failed for want of memory."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+
+
 def refuse_compute_off(session: ort.InferenceSession, provider: str, graph: Path) -> None:
     """Raise BundleError when a node other than arithmetic on sizes is placed elsewhere.
 
@@ -237,7 +258,8 @@ def _open(
 
 def _options() -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # What it has to say of an error, the exception says, too; stderr is for events.
+    options.log_severity_level = _FATAL
     return options
 
 

@@ -118,6 +118,24 @@ class ModelFailedError(ServiceError):
     title = "The model could not score the request"
 
 
+class DeviceMemoryError(ServiceError):
+    """The device has no memory for the request, not even for a run of it alone."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    problem = "device-memory"
+    title = "The device is out of memory"
+    retry_after_s = 1
+
+
+class TooManyConnectionsError(ServiceError):
+    """The worker holds as many connections as it may."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    problem = "too-many-connections"
+    title = "Too many connections are open"
+    retry_after_s = 1
+
+
 class NotRecommendableError(ServiceError):
     """The bundle's scores are no affinities, by which a whole catalogue could be ranked."""
 

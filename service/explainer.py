@@ -14,9 +14,18 @@ from numpy.typing import NDArray
 
 from contract.catalogue import UNKNOWN_ROW
 from contract.records import RECORD
-from service.errors import ClientLeft, DeadlineExceededError, NotExplainableError
+from service.errors import (
+    ClientLeft,
+    DeadlineExceededError,
+    NotExplainableError,
+    OverloadedError,
+)
 from service.metrics import ArmMetrics
 from service.scorer import BatchScorer, ScoreRequest
+
+
+# Those who wait hold their histories as they sent them.
+_MOST_INSIDE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +82,9 @@ class Explainer:
 
         `deadline`: on the clock of `time.perf_counter`. `has_left`: asked before anything is read.
 
-        Raises NotExplainableError where the bundle has no explain graph, DeadlineExceededError and
-        ClientLeft when the turn comes too late, and what reading the history and the run raise.
+        Raises NotExplainableError where the bundle has no explain graph, OverloadedError at once
+        where many wait already, DeadlineExceededError and ClientLeft when the turn comes too late,
+        and what reading the history and the run raise.
         """
         if self._scorer.model.explain is None:
             manifest = self._scorer.model.manifest
@@ -82,6 +92,9 @@ class Explainer:
                 f"the bundle of {manifest.model_version} has no explain graph: exported from IMN "
                 "by this version, it has one"
             )
+        if self._n_inside >= _MOST_INSIDE:
+            self._metrics.count_dropped("overloaded")
+            raise OverloadedError(f"{self._n_inside} explanations are waiting, as many as may wait")
         arrived = time.perf_counter()
         self._n_inside += 1
         try:

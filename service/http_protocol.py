@@ -5,9 +5,7 @@ requests that are sent ahead (pipelined) are kept whatever their number.
 """
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import httptools
 from uvicorn._types import ASGI3Application
@@ -19,11 +17,11 @@ from service.errors import (
     RequestTooSlowError,
     ServiceError,
 )
+from service.metrics import Metrics
 from service.problems import problem_response
-from service.settings import Settings
 
-# Where the lifespan leaves what counts an answer: (route, status).
-COUNT_ANSWER = "mneme.count_answer"
+# Where the lifespan leaves the application's metrics for its connections.
+METRICS = "mneme.metrics"
 
 # What refused requests count as: their path, if there is one yet, means nothing.
 _ROUTE = "other"
@@ -35,17 +33,6 @@ _BYTES_AROUND_A_HEADER = 4
 # A connection that is closed with unread bytes is reset, and the client may lose the answer: what
 # it still sends is thrown away for so long.
 _LINGER_S = 1.0
-
-
-def http_protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """Return what `uvicorn.Config(http=...)` makes a connection's protocol of; needs ws="none"."""
-    limited = partial(
-        HttpProtocol,
-        max_header_bytes=settings.max_header_bytes,
-        request_read_s=settings.request_read_s,
-        keep_alive_s=settings.keep_alive_s,
-    )
-    return cast(type[asyncio.Protocol], limited)  # uvicorn only calls it
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -68,6 +55,7 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.timeout_keep_alive = keep_alive_s  # type: ignore[assignment]  # goes to call_later
+        self.metrics: Metrics | None = self.app_state.get(METRICS)
         self._max_header_bytes = max_header_bytes
         self._request_read_s = request_read_s
         self._reading: asyncio.TimerHandle | None = None
@@ -231,12 +219,13 @@ class HttpProtocol(HttpToolsProtocol):
             if begun is not None:  # its application waits for the body
                 begun.disconnected = True
                 begun.message_event.set()
-            self._answer(error)
+            self.refuse_by(error)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._reading = self.loop.call_later(_LINGER_S, self.transport.close)
 
-    def _answer(self, error: ServiceError) -> None:
+    def refuse_by(self, error: ServiceError) -> None:
+        """Write an answer in the place of the application's, and count it."""
         answer = problem_response(error)
         lines = [
             f"HTTP/1.1 {error.status.value} {error.status.phrase}".encode(),
@@ -244,6 +233,5 @@ class HttpProtocol(HttpToolsProtocol):
             b"connection: close",
         ]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
-        count: Callable[[str, int], None] | None = self.app_state.get(COUNT_ANSWER)
-        if count is not None:
-            count(_ROUTE, error.status.value)
+        if self.metrics is not None:
+            self.metrics.count_answer(_ROUTE, error.status.value)

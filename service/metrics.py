@@ -122,6 +122,19 @@ class Metrics:
             buckets=_LENGTH_EDGES,
             registry=self.registry,
         )
+        self.batch_work_limit = Gauge(
+            "mneme_batch_work_limit",
+            "Largest batch at present: the setting, or less while the device lacks memory for it.",
+            _ARM,
+            multiprocess_mode="livemin",
+            registry=self.registry,
+        )
+        self.device_memory_failures = Counter(
+            "mneme_device_memory_failures_total",
+            "Runs for which the device had no memory.",
+            _ARM,
+            registry=self.registry,
+        )
         self.queued_work = Gauge(
             "mneme_queued_work",
             "Waiting work: candidates x history length.",
@@ -133,6 +146,12 @@ class Metrics:
             "mneme_queued_requests",
             "Waiting requests.",
             _ARM,
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.connections = Gauge(
+            "mneme_connections",
+            "Open connections.",
             multiprocess_mode="livesum",
             registry=self.registry,
         )
@@ -321,6 +340,8 @@ class ArmMetrics:
         self.batch_work = histogram(metrics.batch_work.labels(*labels))
         self.padding = counter(metrics.padding.labels(*labels))
         self.history_behaviors = histogram(metrics.history_behaviors.labels(*labels))
+        self.batch_work_limit = metrics.batch_work_limit.labels(*labels)
+        self.device_memory_failures = metrics.device_memory_failures.labels(*labels)
         self.queued_work = metrics.queued_work.labels(*labels)
         self.queued_requests = metrics.queued_requests.labels(*labels)
         self.candidates = counter(metrics.candidates.labels(*labels))

@@ -3,6 +3,7 @@
 Shapes: B requests, C candidates.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -29,8 +30,11 @@ from contract.catalogue import Catalogue
 from contract.encoding import ModelInputs, encode
 from contract.errors import BundleError
 from contract.golden import GoldenRows
-from service.device import CpuDevice, CudaDevice, ExplainGraph, Provider
+from service.device import CpuDevice, CudaDevice, ExplainGraph, Provider, is_out_of_memory
+from service.logs import log_event
 from service.shapes import Shape, ShapeGrid, shape_grid
+
+_log = logging.getLogger(__name__)
 
 # A CUDA graph is captured in the second or third run of its shape, and replayed from then on.
 _WARM_RUNS = 4
@@ -93,7 +97,9 @@ class OnnxModel:
         """Run shapes of at most `max_work`; return (work, median seconds) of each.
 
         On a GPU these are all shapes, and each is captured as a CUDA graph; a CPU has nothing to
-        keep, and a few shapes tell what a batch costs.
+        keep, and a few shapes tell what a batch costs. Shapes of several requests for which there
+        is no memory are left out: such batches are run as they are, or in parts. Raises BundleError
+        where there is none for a single request.
         """
         shapes = list(self.shapes.shapes(max_work))
         if isinstance(self._device, CpuDevice):
@@ -104,7 +110,32 @@ class OnnxModel:
                 for length in (1, self.manifest.features.history_length)
             }
             shapes = [shape for shape in shapes if shape in corners]
-        return [(shape.work, self._warm(shape)) for shape in shapes]
+        took: list[tuple[int, float]] = []
+        left_out: list[Shape] = []
+        for shape in shapes:
+            try:
+                took.append((shape.work, self._warm(shape)))
+            except Exception as error:  # onnxruntime's errors share no base class but Exception
+                if not is_out_of_memory(error):
+                    raise
+                if shape.batch == 1:
+                    raise BundleError(
+                        f"bundle {self.folder}: the device has no memory for one request of "
+                        f"{shape.candidates:,} candidates and {shape.length:,} behaviors: {error}"
+                    ) from error
+                left_out.append(shape)
+                if isinstance(self._device, CudaDevice):
+                    self._device.forget(shape)
+        if left_out:
+            log_event(
+                _log,
+                logging.WARNING,
+                "shapes-left-out",
+                bundle=str(self.folder),
+                shapes=len(left_out),
+                smallest_work=min(shape.work for shape in left_out),
+            )
+        return took
 
     def _warm(self, shape: Shape) -> float:
         if isinstance(self._device, CudaDevice):

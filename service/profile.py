@@ -18,7 +18,7 @@ from contract.records import encode_records
 from service.history import HistoryStore
 from service.metrics import Metrics
 from service.model import Model
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
+from service.scorer import BatchScorer, DeviceThread, Prepared, Scored, ScoreRequest
 from service.shapes import Shape
 
 _WARM_BATCHES = 5
@@ -62,7 +62,7 @@ async def profile(
     and read from there for every batch. `warm_up`: all shapes of the grid first, as a GPU needs it.
     """
     metrics = Metrics().of_arm("profile", model.manifest.model_version)
-    device = device_thread()
+    device = DeviceThread()
     scorer = BatchScorer(model, store, metrics, device=device, on_redis_failure="refuse")
     try:
         if warm_up:

@@ -7,11 +7,13 @@ Shapes: C items of a block, N items in general.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +23,19 @@ from contract.records import RECORD
 from service.errors import (
     ClientLeft,
     DeadlineExceededError,
+    DeviceMemoryError,
     NotRecommendableError,
     OverloadedError,
 )
+from service.logs import log_event
+from service.memory_limit import MemoryLimit
 from service.metrics import ArmMetrics
 from service.scorer import BatchScorer, Prepared, ScoreRequest
 
 # Rows and their scores.
 _Best = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+_log = logging.getLogger(__name__)
 
 _NONE = np.empty(0, dtype=np.int64)
 # The first run allocates; the second one tells what a block takes.
@@ -68,7 +75,8 @@ class Recommender:
     """The way of a catalogue to the device.
 
     `lend`: gives the device for one block, of which it is told the expected seconds. `block_items`:
-    the most items of one run; all runs have one size, so that what was allocated is used again.
+    the most items of one run; all runs have one size, so that what was allocated is used again, but
+    for a smaller one while the device has no memory for it.
     """
 
     def __init__(
@@ -83,9 +91,10 @@ class Recommender:
         self._catalogue = scorer.model.catalogue
         self._lend = lend
         self._metrics = metrics
-        n_items = len(self._catalogue)
-        self._n_blocks = -(-n_items // block_items)
-        self._block_items = -(-n_items // max(1, self._n_blocks))
+        self._n_items = len(self._catalogue)
+        # Blocks of one size that waste nothing in the last one.
+        n_blocks = max(1, ceil(self._n_items / block_items))
+        self._block_items = MemoryLimit(max(1, ceil(self._n_items / n_blocks)))
         # One request after the other: side by side, all of them would be late.
         self._turn = asyncio.Lock()
         self._n_inside = 0
@@ -100,7 +109,7 @@ class Recommender:
 
     async def warm_up(self) -> None:
         """Run a block as wide as a full history, where the model can recommend at all."""
-        if self._scorer.model.manifest.score_kind != "affinity" or not self._n_blocks:
+        if self._scorer.model.manifest.score_kind != "affinity" or not self._n_items:
             return
         features = self._scorer.model.manifest.features
         nobody = Prepared(
@@ -108,15 +117,25 @@ class Recommender:
             history_buckets=np.zeros(
                 (features.history_length, len(features.granularities)), dtype=np.int64
             ),
-            candidate_items=self._rows(0),
+            candidate_items=_NONE,
             unknown_candidates=0,
             degraded=False,
             began=0.0,
             fetch_s=0.0,
             encode_s=0.0,
         )
-        for _ in range(_WARM_RUNS):
-            _, self._run_s = await self._scorer.run_alone(nobody, len)
+        n_run = 0
+        while n_run < _WARM_RUNS:
+            rows_C = self._rows(0)
+            try:
+                _, self._run_s = await self._scorer.run_alone(
+                    replace(nobody, candidate_items=rows_C), len
+                )
+                n_run += 1
+            except DeviceMemoryError:
+                if len(rows_C) == 1:
+                    raise
+                self._ask_for_less(len(rows_C))
         self._block_s = self._run_s
 
     async def recommend(
@@ -164,24 +183,32 @@ class Recommender:
         blocks: list[_Best] = []
         waited_s = infer_s = 0.0
         asked = time.perf_counter()
+        first = 0
         async with self._turn:
             waited_s += time.perf_counter() - asked
-            for block in range(self._n_blocks):
-                await self._check_wanted(self._n_blocks - block, deadline, has_left)
+            while first < self._n_items:
+                await self._check_wanted(first, deadline, has_left)
                 began = time.perf_counter()
-                rows_C = self._rows(block)
+                rows_C = self._rows(first)
                 pick = partial(
                     _best_of_block,
                     rows_C,
-                    first_row=FIRST_ROW + block * self._block_items,
+                    first_row=FIRST_ROW + first,
                     k=request.k,
                     seen_rows=seen_rows,
                 )
-                async with self._lend(self._run_s):
-                    waited_s += time.perf_counter() - began
-                    best, run_s = await self._scorer.run_alone(
-                        replace(user, candidate_items=rows_C), pick
-                    )
+                try:
+                    async with self._lend(self._run_s):
+                        waited_s += time.perf_counter() - began
+                        best, run_s = await self._scorer.run_alone(
+                            replace(user, candidate_items=rows_C), pick
+                        )
+                except DeviceMemoryError:
+                    if len(rows_C) == 1:
+                        raise
+                    self._ask_for_less(len(rows_C))
+                    continue
+                first += len(rows_C)
                 blocks.append(best)
                 infer_s += run_s
                 self._run_s = _mean(self._run_s, run_s)
@@ -200,14 +227,30 @@ class Recommender:
             },
         )
 
-    def _rows(self, block: int) -> NDArray[np.int64]:
-        """Return the rows [C] of a block.
+    def _rows(self, first: int) -> NDArray[np.int64]:
+        """Return the rows [C] of the block that scores the catalogue from `first` on.
 
         The last one begins early enough to be as long as all others: what stands in the one before
         too is scored twice.
         """
-        first = min(block * self._block_items, len(self._catalogue) - self._block_items)
-        return np.arange(FIRST_ROW + first, FIRST_ROW + first + self._block_items)
+        size = min(self._block_items.value, self._n_items)
+        first = min(first, self._n_items - size)
+        return np.arange(FIRST_ROW + first, FIRST_ROW + first + size)
+
+    def _n_blocks_from(self, first: int) -> int:
+        return ceil((self._n_items - first) / self._block_items.value)
+
+    def _ask_for_less(self, n_items: int) -> None:
+        if self._block_items.lower(n_items):
+            log_event(
+                _log,
+                logging.WARNING,
+                "device-out-of-memory",
+                arm=self._metrics.arm,
+                version=self._metrics.version,
+                failed_items=n_items,
+                block_items=self._block_items.value,
+            )
 
     def _rows_of(self, records: bytes) -> NDArray[np.int64]:
         return self._catalogue.rows(np.frombuffer(records, dtype=RECORD)["item"])
@@ -218,7 +261,7 @@ class Recommender:
         if not self._n_inside:
             return
         left_s = deadline - time.perf_counter()
-        predicted_s = (self._n_inside + 1) * self._n_blocks * self._block_s
+        predicted_s = (self._n_inside + 1) * self._n_blocks_from(0) * self._block_s
         if predicted_s > left_s:
             self._metrics.count_dropped("hopeless")
             raise OverloadedError(
@@ -227,17 +270,18 @@ class Recommender:
             )
 
     async def _check_wanted(
-        self, n_blocks: int, deadline: float, has_left: Callable[[], Awaitable[bool]]
+        self, first: int, deadline: float, has_left: Callable[[], Awaitable[bool]]
     ) -> None:
         if await has_left():
             self._metrics.count_dropped("client left")
             raise ClientLeft
+        n_blocks = self._n_blocks_from(first)
         predicted_s = n_blocks * self._block_s if self._n_inside > 1 else 0.0
         if time.perf_counter() + predicted_s > deadline:
             self._metrics.count_dropped("deadline")
             raise DeadlineExceededError(
-                f"{n_blocks} of {self._n_blocks} blocks of the catalogue are not scored, and the "
-                "deadline cannot be met"
+                f"{n_blocks} of {self._n_blocks_from(0)} blocks of the catalogue are not scored, "
+                "and the deadline cannot be met"
             )
 
 

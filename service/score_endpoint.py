@@ -34,8 +34,12 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
     services: Services = scope["app"].state.services
     started = time.perf_counter()
     try:
-        raw = await _read(receive)
-        body = scope[ASKED] = _parse(raw)
+        body = _parse(await _read(receive))
+        history = None if body.history is None else _records(body.history)
+        if history is not None:
+            # As objects it is many times as large, and the request may have to wait.
+            body = body.model_copy(update={"history": None})
+        scope[ASKED] = body
         deadline = started + USABLE_SHARE * _deadline_s(scope, services.settings.deadline_s)
         arm = services.arms.arm_for(body.user_id, body.arm)
         scope[ARM] = arm
@@ -44,7 +48,7 @@ async def score_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
             # Half the time of np.array, which looks at every element for its type.
             candidates=np.frombuffer(array("q", body.candidates), dtype=np.int64),
             ranking_time=int(time.time()) if body.ranking_time is None else body.ranking_time,
-            history=None if body.history is None else _records(body.history),
+            history=history,
         )
         answer = arm.batcher.submit(request, deadline=deadline, has_left=_leaving(receive))
         if body.arm is None:  # testers are no part of what is compared

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, TypeVarTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from contract.catalogue import UNKNOWN_ROW
 from contract.encoding import ModelInputs, encode, stack_candidates
 from contract.records import RECORD_BYTES
+from service.device import is_out_of_memory
 from service.errors import (
     CorruptHistoryError,
+    DeviceMemoryError,
     HistoryUnavailableError,
     ModelFailedError,
     ServiceError,
@@ -27,8 +29,11 @@ from service.errors import (
 from service.history import HistoryStore
 from service.metrics import ArmMetrics
 from service.model import Model
+from service.shapes import Shape
 
 PickedT = TypeVar("PickedT")
+ResultT = TypeVar("ResultT")
+ArgumentTs = TypeVarTuple("ArgumentTs")
 
 _DEVICE_NICE = 5
 _NOT_FINITE = "the model gave a score that is not a finite number"
@@ -104,7 +109,7 @@ class _Run(NamedTuple):
 class BatchScorer:
     """Scores batches with one model on one device.
 
-    `device`: the device's one thread (`device_thread`). `history_length`: behaviors that the model
+    `device`: the device's one thread. `history_length`: behaviors that the model
     is given at most, None for all that it reads. `on_redis_failure`: "refuse" fails every request
     that needs Redis, "cold" scores it with an empty history.
     """
@@ -115,7 +120,7 @@ class BatchScorer:
         history: HistoryStore,
         metrics: ArmMetrics,
         *,
-        device: ThreadPoolExecutor,
+        device: "DeviceThread",
         on_redis_failure: Literal["refuse", "cold"],
         history_length: int | None = None,
     ) -> None:
@@ -197,25 +202,25 @@ class BatchScorer:
         seconds of both.
 
         `pick` runs in the device's thread, and not in the event loop: there may be many scores.
-        Raises ModelFailedError unless all of them are finite.
+        Raises ModelFailedError unless all of them are finite, DeviceMemoryError where there is no
+        memory for so many candidates.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._device, self._infer_alone, one, pick)
+        return await self._device.run(self._infer_alone, one, pick)
 
     async def explain_alone(self, one: Prepared) -> Weighed:
         """Score an encoded request by the explain graph, which the model must have.
 
-        Raises ModelFailedError unless scores and weights are finite.
+        Raises ModelFailedError unless scores and weights are finite, and DeviceMemoryError.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._device, self._explain, one)
+        return await self._device.run(self._explain, one)
 
     async def run(self, batch: Sequence[Prepared]) -> list[Scored | ServiceError]:
-        """Score encoded requests in one run of the model."""
-        loop = asyncio.get_running_loop()
-        scores_BC, cells, started, ended = await loop.run_in_executor(
-            self._device, self._infer, batch
-        )
+        """Score encoded requests in one run of the model.
+
+        Raises DeviceMemoryError where there is no memory for so many of them, ModelFailedError
+        where the model fails.
+        """
+        scores_BC, cells, started, ended = await self._device.run(self._infer, batch)
         infer_s = ended - started
         self._metrics.observe_stage("infer", infer_s)
         self._count(batch, cells)
@@ -333,7 +338,8 @@ class BatchScorer:
         try:
             scores_BC, weights_BCPL = self.model.explain(inputs)
         except Exception as error:  # onnxruntime's errors share no base class but Exception
-            raise ModelFailedError(f"the model failed: {error}") from error
+            shape = Shape(1, len(one.candidate_items), n_padding + len(one.history_items))
+            raise self._failure(error, shape) from error
         if not (np.isfinite(scores_BC).all() and np.isfinite(weights_BCPL).all()):
             raise ModelFailedError(_NOT_FINITE)
         return Weighed(
@@ -350,16 +356,16 @@ class BatchScorer:
             max(len(one.candidate_items) for one in batch),
             max(1, *(len(one.history_items) for one in batch)),
         )
-        inputs = self.model.inputs(shape)
-        for b, one in enumerate(batch):
-            first = shape.length - len(one.history_items)
-            inputs.history_items[b, first:] = one.history_items
-            inputs.history_buckets[b, first:] = one.history_buckets
-            inputs.candidate_items[b, : len(one.candidate_items)] = one.candidate_items
         try:
+            inputs = self.model.inputs(shape)
+            for b, one in enumerate(batch):
+                first = shape.length - len(one.history_items)
+                inputs.history_items[b, first:] = one.history_items
+                inputs.history_buckets[b, first:] = one.history_buckets
+                inputs.candidate_items[b, : len(one.candidate_items)] = one.candidate_items
             scores_BC = self.model.run(inputs)
         except Exception as error:  # onnxruntime's errors share no base class but Exception
-            raise ModelFailedError(f"the model failed: {error}") from error
+            raise self._failure(error, shape) from error
         if scores_BC.shape != (shape.batch, shape.candidates):
             raise ModelFailedError(
                 f"the model gave scores of shape {scores_BC.shape}, expected "
@@ -367,13 +373,41 @@ class BatchScorer:
             )
         return _Run(scores_BC, shape.work, started, time.perf_counter())
 
+    def _failure(self, error: Exception, shape: Shape) -> ServiceError:
+        if not is_out_of_memory(error):
+            return ModelFailedError(f"the model failed: {error}")
+        self._metrics.device_memory_failures.inc()
+        return DeviceMemoryError(
+            f"the device has no memory for a run of {shape.batch:,} requests with "
+            f"{shape.candidates:,} candidates and {shape.length:,} behaviors each"
+        )
 
-def device_thread() -> ThreadPoolExecutor:
-    """Return the one thread of a device: runs never overlap, and the event loop stays free.
+
+class DeviceThread(ThreadPoolExecutor):
+    """The one thread of a device: runs never overlap, and the event loop stays free.
 
     All models of a device share it: onnxruntime keeps captured CUDA graphs for each thread.
+
+    `running_since`: when the present run began, on the clock of `time.perf_counter`; None between
+    two. A warm-up, which takes what it takes, is no run.
     """
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="device", initializer=_step_back)
+
+    def __init__(self) -> None:
+        super().__init__(max_workers=1, thread_name_prefix="device", initializer=_step_back)
+        self.running_since: float | None = None
+
+    def run(
+        self, job: Callable[[*ArgumentTs], ResultT], *arguments: *ArgumentTs
+    ) -> "asyncio.Future[ResultT]":
+        """Return the result to come of a job in this thread, from within the event loop."""
+        return asyncio.get_running_loop().run_in_executor(self, self._run, job, *arguments)
+
+    def _run(self, job: Callable[[*ArgumentTs], ResultT], *arguments: *ArgumentTs) -> ResultT:
+        self.running_since = time.perf_counter()
+        try:
+            return job(*arguments)
+        finally:
+            self.running_since = None
 
 
 def _step_back() -> None:

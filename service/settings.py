@@ -146,6 +146,22 @@ class Settings(BaseSettings):
         "than what stands in front of the service keeps its own.",
     )
 
+    wedged_s: Annotated[float, Field(gt=0)] = Field(
+        default=30.0,
+        description="Seconds after which a run of the device, or one turn of the event loop, will "
+        "not end any more: the process ends with code 75, to be started anew.",
+    )
+    max_connections: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Connections that a worker holds at once; one more is answered 503 and closed. "
+        "Unless given, 2,048, or fewer where the limit of open files is low.",
+    )
+    answer_taken_s: Annotated[float, Field(gt=0)] = Field(
+        default=10.0,
+        description="Seconds in which a client must take an answer that does not fit into the "
+        "socket's buffers; its connection is cut off then.",
+    )
+
     @model_validator(mode="after")
     def _serves_something(self) -> "Settings":
         if (self.bundle is None) == (self.experiments is None):

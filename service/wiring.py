@@ -14,6 +14,7 @@ from service.history import HistoryStore, connect
 from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
+from service.watchdog import Watchdog
 
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
 USABLE_SHARE = 0.85
@@ -41,6 +42,7 @@ class Services:
     watch: ExperimentWatch | None
     metrics: Metrics
     titles: Mapping[int, str]
+    watchdog: Watchdog
 
 
 @asynccontextmanager
@@ -63,6 +65,8 @@ async def running(
     )
     arms = Arms(settings, open_model, store, metrics)
     watch, watching = None, None
+    watchdog = Watchdog(lambda: arms.thread.running_since, wedged_s=settings.wedged_s)
+    watchdog.start()
     try:
         if settings.bundle is not None:
             await arms.apply(Experiment.of_bundle(settings.bundle))
@@ -88,6 +92,7 @@ async def running(
             watch=watch,
             metrics=metrics,
             titles=titles,
+            watchdog=watchdog,
         )
     finally:
         if watching is not None:
@@ -96,6 +101,7 @@ async def running(
                 await watching
         await arms.close()
         await store.close()
+        watchdog.stop()
         writing.cancel()
         metrics.flush()
 

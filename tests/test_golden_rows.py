@@ -16,7 +16,7 @@ from loadtest.redis_server import redis_server
 from service.history import HistoryStore, history_key
 from service.metrics import Metrics
 from service.model import Explain
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
+from service.scorer import BatchScorer, DeviceThread, Prepared, Scored, ScoreRequest
 from service.shapes import Shape, ShapeGrid
 from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC, GoldenRow
 from training.data.loader import ClickBatch, ClickLoader
@@ -116,7 +116,7 @@ def test_training_gathers_golden_rows(row, tmp_path):
 async def test_the_service_encodes_golden_rows(row, redis_url):
     model, redis = RecordingModel(), Redis.from_url(redis_url)
     store = HistoryStore(redis, prefix="golden", keep=100)
-    thread, metrics = device_thread(), Metrics().of_arm("main", "golden")
+    thread, metrics = DeviceThread(), Metrics().of_arm("main", "golden")
     scorer = BatchScorer(model, store, metrics, device=thread, on_redis_failure="refuse")
     try:
         await redis.set(history_key("golden", "u"), row.history)

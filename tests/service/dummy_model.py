@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from contract.bundle import REQUIRED_FILES, FileEntry, Manifest, ScoreKind
 from contract.catalogue import FIRST_ROW, PADDING_ROW, UNKNOWN_ROW, Catalogue
@@ -30,6 +31,13 @@ UNKNOWN = 99
 # (work, seconds): 0.1 ms for a batch and 1 us for a pair of candidate and behavior. With this to
 # begin with, the service takes a run that a test holds up for a hiccup.
 QUICK = ((1, 0.000_101), (1001, 0.001_101))
+# What onnxruntime raises for a run that does not fit, and its words.
+OUT_OF_MEMORY = Fail(
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running FusedMatMul node. "
+    "Name:'node_matmul/MatmulTransposeFusion/' Status Message: /onnxruntime_src/onnxruntime/core/"
+    "framework/bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, "
+    "onnxruntime::Stream*) Failed to allocate memory for requested buffer of size 51200000"
+)
 _PATIENCE_S = 30.0
 
 
@@ -65,7 +73,9 @@ class DummyModel:
     """Scores as above. `runs` keeps the inputs of every run; `held` stops runs where they are.
 
     `fails_with` is raised instead of an answer. `answers_with` replaces all scores by one number.
-    `forgets_a_candidate` leaves out the last column. `takes_s`: seconds of a run.
+    `memory`: requests x candidates x behaviors for which there is room; a larger run fails as one
+    of onnxruntime's does. `forgets_a_candidate` leaves out the last column. `takes_s`: seconds of a
+    run.
     `warm_up_took`: (work, seconds) of batches that the warm-up pretends to have run. `explains`:
     whether it tells what behaviors weigh, see `weight_of`.
     """
@@ -91,6 +101,7 @@ class DummyModel:
         self.runs: list[ModelInputs] = []
         self.fails_with: Exception | None = None
         self.answers_with: float | None = None
+        self.memory = 10**9
         self.forgets_a_candidate = False
         self.takes_s = 0.0
         self._is_busy.clear()
@@ -148,6 +159,8 @@ class DummyModel:
         time.sleep(self.takes_s)
         if self.fails_with is not None:
             raise self.fails_with
+        if inputs.candidate_items.size * inputs.history_items.shape[1] > self.memory:
+            raise OUT_OF_MEMORY
         if self.answers_with is not None:
             return np.full(inputs.candidate_items.shape, self.answers_with, dtype=np.float32)
         scores_BC = _scores(inputs)

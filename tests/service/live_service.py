@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.http_protocol import http_protocol
+from service.connections import limited_protocol
 from service.settings import Settings
 from tests.service.dummy_model import DummyModel
 
@@ -121,7 +121,7 @@ def live_service(
     app: FastAPI, model: Any, settings: Settings | None = None
 ) -> Iterator[LiveService]:
     """Serve `app` from a thread until the block ends; `settings` are those of the connections."""
-    http = http_protocol(settings or Settings(bundle=Path("unused")))
+    http = limited_protocol(settings or Settings(bundle=Path("unused")))
     config = uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

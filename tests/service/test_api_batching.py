@@ -1,6 +1,7 @@
 """What is claimed of batches, overload and deadlines, proven over HTTP from /metrics."""
 
 import json
+import logging
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.service.dummy_model import HISTORY_LENGTH, score_of
 from tests.service.histories import NOW, records, steps
 from tests.service.live_service import PATIENCE_S, LiveService, in_background, wait_until
+from tests.service.logged import Logged
 from tests.service.problem_answers import assert_problem, assert_retry
 
 # The work of one candidate for somebody with a full history.
@@ -27,6 +29,13 @@ def ann(redis) -> str:
     """A user with a full history: her work is known before it is read."""
     redis.set("history:ann", records(*FULL))
     return "ann"
+
+
+@pytest.fixture
+def logged():
+    found = Logged()
+    with found.listening(logging.WARNING, personal_data=False):
+        yield found
 
 
 def n_fetched(redis) -> int:
@@ -244,6 +253,45 @@ class TestDropped:
         assert patient.result() == [score_of(3)]
         assert service.model.batch_sizes == [1, 1]
         assert service.metric("mneme_dropped_total", reason="client left") == 1
+
+
+class TestOutOfMemory:
+    """The device has memory for three requests of two candidates each."""
+
+    def test_all_of_a_batch_that_does_not_fit_are_answered_rightly(self, serve):
+        service = serve()
+        with in_background() as begin:
+            with service.model.held():
+                begin(service.scores, "first", [1])
+                service.model.wait_until_busy()
+                service.model.memory = 3 * 2
+                later = [begin(service.scores, f"user {n}", [n, n + 1]) for n in range(1, 9)]
+                service.wait_for("mneme_queued_requests", 8)
+            assert [call.result() for call in later] == [
+                [score_of(n), score_of(n + 1)] for n in range(1, 9)
+            ]
+        assert service.model.batch_sizes == [1, 8, 4, 2, 2, 2, 2]
+        assert service.metric("mneme_device_memory_failures_total") == 2
+        assert service.metric("mneme_batch_work_limit") == 2 * 2
+        assert service.metric("mneme_requests_total", route="/score", status="200") == 9
+
+    def test_it_is_told_once_for_each_time_that_batches_become_smaller(self, serve, logged):
+        service = serve()
+        service.model.memory = 0
+        assert_retry(service.score("ann", [1, 2, 3, 4]), 503, "device-memory")
+        assert_retry(service.score("ann", [1, 2, 3, 4]), 503, "device-memory")
+        (event,) = logged.events("device-out-of-memory")
+        assert event["level"] == "warning"
+        assert event["arm"] == "main"
+        assert (event["failed_work"], event["max_batch_work"]) == (4, 2)
+
+    def test_a_recommendation_is_made_of_smaller_blocks(self, serve, logged):
+        service = serve(recommend_block_items=90)
+        service.model.memory = 30
+        assert service.recommended("nobody", 3) == [90, 89, 88]
+        assert [event["block_items"] for event in logged.events("device-out-of-memory")] == [45, 22]
+        service.model.memory = 10**9
+        assert service.scores("ann", [1]) == [score_of(1)]
 
 
 class TestModelFailures:

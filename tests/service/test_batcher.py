@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from service.cost import BatchCost
 from service.errors import (
     ClientLeft,
     DeadlineExceededError,
+    DeviceMemoryError,
     InvalidRequestError,
     OverloadedError,
     ServiceError,
@@ -43,6 +44,8 @@ class Stages:
 
     Each stage goes on only while its event is set. A word `<stage> refuses` gets an error of its
     own there, `<stage> burns` fails its whole batch, `<stage> forgets` is left out.
+    `memory`: letters for which the device has room; before it fails for more it awaits
+    `before_failing`.
     """
 
     def __init__(self) -> None:
@@ -52,6 +55,8 @@ class Stages:
         self.may_run = asyncio.Event()
         self.may_prepare.set()
         self.may_run.set()
+        self.memory = 1000
+        self.before_failing: Callable[[], Awaitable[None]] | None = None
 
     async def prepare(self, words: Sequence[str]) -> list[Read | ServiceError]:
         self.prepared.append(list(words))
@@ -68,6 +73,10 @@ class Stages:
         self.batches.append(words)
         await self.may_run.wait()
         _burn("run", words)
+        if sum(map(len, words)) > self.memory:
+            if self.before_failing is not None:
+                await self.before_failing()
+            raise DeviceMemoryError(f"no room for {words}")
         return [
             InvalidRequestError(word) if word == "run refuses" else word.upper()
             for word in words
@@ -184,6 +193,10 @@ class Queue:
 
     def dropped(self, reason: str) -> float | None:
         return self._metric("mneme_dropped_total", {"reason": reason})
+
+    @property
+    def batch_work_limit(self) -> float | None:
+        return self._metric("mneme_batch_work_limit")
 
     @property
     def queued_work(self) -> float | None:
@@ -847,3 +860,76 @@ class TestErrors:
         assert [answer.cancelled() for answer in found] == [True] * 4
         assert queue.stages.batches == [["runs"]]
         assert queue.stages.prepared == [["runs"], ["ready"], ["prepares"]]
+
+
+class TestOutOfMemory:
+    """The device has memory for so many letters at a time."""
+
+    async def test_a_batch_that_does_not_fit_is_run_in_parts(self):
+        async with running() as queue:
+            queue.stages.memory = 3
+            async with queue.busy("a"):
+                later = await queue.begin(*"bcdefghi")
+            assert await answers(*later) == list("BCDEFGHI")
+            assert queue.stages.batches == [
+                ["a"],
+                list("bcdefghi"),
+                list("bcde"),
+                list("bc"),
+                list("de"),
+                list("fg"),
+                list("hi"),
+            ]
+
+    async def test_the_largest_batch_is_smaller_from_then_on(self):
+        async with running(max_batch_work=8) as queue:
+            queue.stages.memory = 4
+            async with queue.busy("a"):
+                first = await queue.begin(*"bcdefghi")
+                assert queue.batch_work_limit == 8
+            await answers(*first)
+            assert queue.batch_work_limit == 4
+            async with queue.busy("j"):
+                later = await queue.begin(*"klmnop")
+            assert await answers(*later) == list("KLMNOP")
+            assert queue.stages.batches[-2:] == [list("klmn"), list("op")]
+
+    async def test_one_request_that_does_not_fit_alone_hears_of_it_and_nobody_else(self):
+        async with running() as queue:
+            queue.stages.memory = 3
+            async with queue.busy("a"):
+                b, large, c = await queue.begin("b", "larger", "c")
+            assert await answers(b, c) == ["B", "C"]
+            with pytest.raises(DeviceMemoryError):
+                await large
+
+    async def test_who_cannot_wait_for_the_parts_is_dropped_and_others_are_not(self):
+        async with running() as queue:
+            queue.stages.memory = 2
+            # Within its deadline when the device takes it, it is not any more after the failure.
+            queue.stages.before_failing = lambda: pass_moment(0.05)
+            async with queue.busy("a"):
+                (late,) = await queue.begin("bb", within_s=0.05)
+                (patient,) = await queue.begin("cc")
+            assert await answers(patient) == ["CC"]
+            with pytest.raises(DeadlineExceededError):
+                await late
+            assert queue.dropped("deadline") == 1
+
+    async def test_what_a_failure_took_is_not_learned_from(self):
+        cost = BatchCost()
+        cost.learn_from_warm_up([(1, 0.001), (100, 0.1)])
+        async with running(cost=cost) as queue:
+            queue.stages.memory = 0
+            with pytest.raises(DeviceMemoryError):
+                await queue.answer("a")
+            assert cost.predict(50) == pytest.approx(0.05)
+
+    async def test_nothing_waits_when_all_are_answered(self):
+        async with running() as queue:
+            queue.stages.memory = 2
+            async with queue.busy("a"):
+                later = await queue.begin(*"bcdef")
+            await answers(*later)
+            assert (queue.queued_work, queue.queued_requests) == (0, 0)
+            assert queue.batcher.is_idle

@@ -8,8 +8,15 @@ from contract.bundle import MODEL, OUTPUT_NAME
 from contract.catalogue import FIRST_ROW
 from contract.encoding import ModelInputs
 from contract.errors import BundleError
-from service.device import BoundBuffers, CpuDevice, CudaDevice, refuse_compute_off
+from service.device import (
+    BoundBuffers,
+    CpuDevice,
+    CudaDevice,
+    is_out_of_memory,
+    refuse_compute_off,
+)
 from service.shapes import Shape
+from tests.service.dummy_model import OUT_OF_MEMORY
 from tests.service.tiny_bundle import ITEM_IDS
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -186,3 +193,33 @@ class TestPlacement:
         message = rf"bundle .*: model\.onnx cannot be loaded for {CPU}: "
         with pytest.raises(BundleError, match=message):
             CpuDevice(tmp_path / MODEL, threads=1, granularities=GRANULARITIES)
+
+
+class TestOutOfMemory:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            pytest.param(OUT_OF_MEMORY, id="an arena of onnxruntime"),
+            pytest.param(
+                RuntimeError("Available memory of 1024 is smaller than requested bytes of 4096"),
+                id="an arena with a limit",
+            ),
+            pytest.param(RuntimeError("std::bad_alloc"), id="C++"),
+            pytest.param(
+                RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; hostname=x"), id="CUDA"
+            ),
+            pytest.param(RuntimeError("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"), id="cuBLAS"),
+            pytest.param(
+                RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), id="cuDNN"
+            ),
+            pytest.param(MemoryError(), id="Python"),
+        ],
+    )
+    def test_it_is_known_by_its_words(self, error):
+        assert is_out_of_memory(error)
+
+    @pytest.mark.parametrize(
+        "message", ["CUDA failure 700: an illegal memory access was encountered", "Invalid Feed"]
+    )
+    def test_other_failures_are_not_taken_for_it(self, message):
+        assert not is_out_of_memory(RuntimeError(message))

@@ -23,6 +23,8 @@ PROBLEMS = [
     (errors.OverloadedError, 429, "overloaded", "1"),
     (errors.DeadlineExceededError, 503, "deadline-exceeded", "1"),
     (errors.ModelFailedError, 500, "model-failed", None),
+    (errors.DeviceMemoryError, 503, "device-memory", "1"),
+    (errors.TooManyConnectionsError, 503, "too-many-connections", "1"),
     (errors.NotRecommendableError, 409, "not-recommendable", None),
     (errors.NotExplainableError, 409, "not-explainable", None),
     (ServiceError, 500, "internal-error", None),

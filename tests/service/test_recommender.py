@@ -13,6 +13,7 @@ from service.errors import (
     ClientLeft,
     CorruptHistoryError,
     DeadlineExceededError,
+    DeviceMemoryError,
     HistoryUnavailableError,
     ModelFailedError,
     NotRecommendableError,
@@ -21,7 +22,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.model import OnnxModel
 from service.recommender import Recommended, Recommender, RecommendRequest, highest
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
+from service.scorer import BatchScorer, DeviceThread, Prepared, Scored, ScoreRequest
 from tests.service.arm_metrics import of_arm, sample
 from tests.service.dummy_model import HISTORY_LENGTH, KNOWN_ITEMS, DummyModel, score_of
 from tests.service.histories import DAY_S, NOW, records, steps
@@ -85,7 +86,7 @@ def device() -> Device:
 
 @pytest.fixture
 def make_recommender(store, device, metrics) -> Iterator[Any]:
-    thread = device_thread()
+    thread = DeviceThread()
 
     def make(
         model: Any, *, block_items: int = 30, history: Any = store, on_redis_failure: Any = "refuse"
@@ -231,7 +232,7 @@ class TestBlocks:
         history = records(*steps(*ITEM_IDS[3:9].tolist()))
         await store.append({"ann": history})
         found = await ask(make_recommender(model, block_items=17), at=NOW + DAY_S)
-        with device_thread() as thread:
+        with DeviceThread() as thread:
             scorer = BatchScorer(
                 model,
                 store,
@@ -341,8 +342,8 @@ class TestRefused:
     async def test_a_model_that_raises_and_the_next_request_is_ranked_again(self, make_recommender):
         model = DummyModel()
         recommender = make_recommender(model)
-        model.fails_with = RuntimeError("out of memory")
-        with pytest.raises(ModelFailedError, match="out of memory"):
+        model.fails_with = RuntimeError("CUDA error")
+        with pytest.raises(ModelFailedError, match="CUDA error"):
             await ask(recommender)
         model.fails_with = None
         assert (await ask(recommender, k=1)).item_ids.tolist() == [90]
@@ -427,3 +428,59 @@ class TestWarmUp:
         model.catalogue = type(model.catalogue)(np.empty(0, dtype=np.int64))
         await make_recommender(model).warm_up()
         assert model.runs == []
+
+
+class TestOutOfMemory:
+    """The model has memory for so many items of somebody without a history."""
+
+    def widths(self, model: DummyModel) -> list[int]:
+        return [run.candidate_items.shape[1] for run in model.runs]
+
+    @pytest.mark.parametrize("memory", [44, 30, 7, 1])
+    async def test_blocks_are_halved_until_they_fit_and_the_ranking_is_the_same(
+        self, make_recommender, memory
+    ):
+        model = TableModel(np.random.default_rng(1).permutation(KNOWN_ITEMS) // 3)
+        model.memory = memory
+        found = await ask(make_recommender(model, block_items=90), "nobody", k=7)
+        assert found.item_ids.tolist() == ranked(model.table[2:], 7)
+        assert max(self.widths(model)[-3:]) <= memory
+
+    async def test_what_has_been_ranked_is_not_ranked_again(self, make_recommender):
+        """Memory is short from the second block on."""
+        model = DummyModel()
+        recommender = make_recommender(model, block_items=30)
+        client = Client()
+
+        async def has_left() -> bool:
+            model.memory = 15 if model.runs else model.memory
+            return await Client.has_left(client)
+
+        found = await recommender.recommend(
+            RecommendRequest(user_id="nobody", k=KNOWN_ITEMS, exclude_seen=False, ranking_time=NOW),
+            deadline=time.perf_counter() + PATIENCE_S,
+            has_left=has_left,
+        )
+        assert found.item_ids.tolist() == list(range(KNOWN_ITEMS, 0, -1))
+        assert self.widths(model) == [30, 30, 15, 15, 15, 15]
+
+    async def test_the_next_request_begins_with_the_smaller_blocks(self, make_recommender):
+        model = DummyModel()
+        model.memory = 45
+        recommender = make_recommender(model, block_items=90)
+        await ask(recommender, "nobody", k=1)
+        await ask(recommender, "nobody", k=1)
+        assert self.widths(model) == [90, 45, 45, 45, 45]
+
+    async def test_without_memory_for_one_item_it_is_an_error(self, make_recommender):
+        model = DummyModel()
+        model.memory = 0
+        with pytest.raises(DeviceMemoryError, match="1 requests with 1 candidates"):
+            await ask(make_recommender(model), "nobody")
+
+    async def test_the_warm_up_finds_what_fits(self, make_recommender):
+        model = DummyModel()
+        model.memory = 45 * HISTORY_LENGTH
+        recommender = make_recommender(model, block_items=90)
+        await recommender.warm_up()
+        assert self.widths(model) == [90, 45, 45]

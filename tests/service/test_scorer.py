@@ -9,15 +9,22 @@ import pytest
 
 from service.errors import (
     CorruptHistoryError,
+    DeviceMemoryError,
     HistoryUnavailableError,
     ModelFailedError,
 )
 from service.metrics import Metrics
 from service.model import OnnxModel
-from service.scorer import BatchScorer, Prepared, Scored, ScoreRequest, device_thread
+from service.scorer import BatchScorer, DeviceThread, Prepared, Scored, ScoreRequest
 from service.shapes import ShapeGrid
 from tests.service.arm_metrics import of_arm, sample
-from tests.service.dummy_model import HISTORY_LENGTH, UNKNOWN, DummyModel, score_of
+from tests.service.dummy_model import (
+    HISTORY_LENGTH,
+    OUT_OF_MEMORY,
+    UNKNOWN,
+    DummyModel,
+    score_of,
+)
 from tests.service.histories import DAY_S, NOW, records, steps
 from tests.service.tiny_bundle import ITEM_IDS
 
@@ -47,7 +54,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def make_scorer(model, metrics) -> Iterator[Any]:
-    with device_thread() as device:
+    with DeviceThread() as device:
 
         def make(store, model=model, on_redis_failure="refuse", **options: Any) -> BatchScorer:
             return BatchScorer(
@@ -354,8 +361,8 @@ class TestRedisAway:
 
 class TestModelFailures:
     async def test_a_model_that_raises_fails_the_batch(self, scorer, model):
-        model.fails_with = RuntimeError("out of memory")
-        with pytest.raises(ModelFailedError, match="the model failed: out of memory"):
+        model.fails_with = RuntimeError("CUDA error")
+        with pytest.raises(ModelFailedError, match="the model failed: CUDA error"):
             await score(scorer, [request("ann")])
 
     async def test_scores_of_another_shape_fail_the_batch(self, scorer, model):
@@ -372,9 +379,38 @@ class TestModelFailures:
         assert answer.detail == "the model gave a score that is not a finite number"
 
     async def test_the_next_batch_is_scored_again(self, scorer, model):
-        model.fails_with = RuntimeError("out of memory")
+        model.fails_with = RuntimeError("CUDA error")
         with pytest.raises(ModelFailedError):
             await score(scorer, [request("ann")])
         model.fails_with = None
         (answer,) = await score(scorer, [request("ann", 7)])
         assert scores(answer) == [score_of(7)]
+
+
+class TestOutOfMemory:
+    @pytest.mark.parametrize(
+        "error", [OUT_OF_MEMORY, MemoryError("no array")], ids=["onnxruntime", "numpy"]
+    )
+    async def test_it_is_told_apart_from_a_model_that_fails(self, scorer, model, metrics, error):
+        model.fails_with = error
+        message = "no memory for a run of 2 requests with 3 candidates and 1 behaviors each"
+        with pytest.raises(DeviceMemoryError, match=message):
+            await score(scorer, [request("ann", 1, 2, 3), request("bob", 1)])
+        assert sample(metrics, "mneme_device_memory_failures_total") == 1
+
+    async def test_arrays_that_cannot_be_made_are_no_less(self, scorer, model, monkeypatch):
+        def inputs(shape):
+            raise MemoryError(shape)
+
+        monkeypatch.setattr(model, "inputs", inputs)
+        with pytest.raises(DeviceMemoryError):
+            await score(scorer, [request("ann")])
+
+    async def test_nor_is_an_explanation(self, make_scorer, store, metrics):
+        model = DummyModel(explains=True)
+        model.fails_with = OUT_OF_MEMORY
+        scorer = make_scorer(store, model=model)
+        one, _ = await scorer.prepare_alone(request("ann", 1, 2), whole=False)
+        with pytest.raises(DeviceMemoryError, match="1 requests with 2 candidates and 1 behaviors"):
+            await scorer.explain_alone(one)
+        assert sample(metrics, "mneme_device_memory_failures_total") == 1

@@ -1,0 +1,133 @@
+"""How many connections a worker holds, and how long a client may take to read its answer.
+
+A connection costs what its request and its answer have of bytes. What bounds their number and their
+time therefore bounds the memory of a worker.
+"""
+
+import asyncio
+import resource
+from functools import partial
+from typing import Any, cast
+
+from service.errors import TooManyConnectionsError
+from service.http_protocol import HttpProtocol
+from service.settings import Settings, SettingsError
+
+_DEFAULT_MOST = 2048
+# Each connection may ask for a connection to Redis. The rest is for what a process has open anyway:
+# its sockets and pipes, the files of a bundle while it is opened, those of the metrics.
+_FILES_OF_ONE = 2
+_OTHER_FILES = 128
+
+
+def limited_protocol(settings: Settings) -> type[asyncio.Protocol]:
+    """Return what `uvicorn.Config(http=...)` makes a connection's protocol of; needs ws="none"."""
+    limited = partial(
+        LimitedProtocol,
+        max_header_bytes=settings.max_header_bytes,
+        request_read_s=settings.request_read_s,
+        keep_alive_s=settings.keep_alive_s,
+        max_connections=max_connections(settings),
+        answer_taken_s=settings.answer_taken_s,
+    )
+    return cast(type[asyncio.Protocol], limited)  # uvicorn only calls it
+
+
+def max_connections(settings: Settings) -> int:
+    """Return how many connections a worker of this process may hold.
+
+    The soft limit of open files is raised as far as they need, and no further: programs that go
+    through all possible descriptors take their time over a billion of them. Raises SettingsError
+    where the hard limit is too low for what is asked.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard if hard != resource.RLIM_INFINITY else 2**30
+    fitting = max(1, (most - _OTHER_FILES) // _FILES_OF_ONE)
+    asked = settings.max_connections
+    if asked is not None and asked > fitting:
+        raise SettingsError(
+            f"max_connections: {asked:,} connections may need {_files_for(asked):,} open files, "
+            f"and the limit of this process is {hard:,} (ulimit -Hn): raise it, or ask for at most "
+            f"{fitting:,} connections"
+        )
+    chosen = min(_DEFAULT_MOST, fitting) if asked is None else asked
+    if soft != resource.RLIM_INFINITY and soft < _files_for(chosen):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, _files_for(chosen)), hard))
+    return chosen
+
+
+def _files_for(n_connections: int) -> int:
+    return _FILES_OF_ONE * n_connections + _OTHER_FILES
+
+
+class LimitedProtocol(HttpProtocol):
+    """One connection; see HttpProtocol for what it may send.
+
+    `max_connections`: of the worker; those beyond are answered 503 and closed before anything of
+    theirs is read. `answer_taken_s`: seconds in which the client must take an answer that fills the
+    buffers; then the connection is cut off.
+    """
+
+    def __init__(
+        self, *args: Any, max_connections: int, answer_taken_s: float, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_connections = max_connections
+        self._answer_taken_s = answer_taken_s
+        self._taking: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection, if there is a place for it."""
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            self._turn_away()
+        self._count_connections()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of everything."""
+        self._stop_taking()
+        super().connection_lost(exc)
+        self._count_connections()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client: the buffers are full of what it has not taken."""
+        super().pause_writing()
+        self._taking = self.loop.call_later(self._answer_taken_s, self._cut_off)
+
+    def resume_writing(self) -> None:
+        """The client has taken most of it."""
+        self._stop_taking()
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """See to it that a connection which is to be closed is: that waits for the buffers, too."""
+        super().on_response_complete()
+        if self.transport.is_closing() and self._taking is None:
+            self._taking = self.loop.call_later(self._answer_taken_s, self._cut_off)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that asks for nothing more, or cut it off with an unread answer."""
+        if self.transport.get_write_buffer_size():
+            self._cut_off()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _cut_off(self) -> None:
+        self._taking = None
+        self.transport.abort()
+
+    def _stop_taking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+    def _turn_away(self) -> None:
+        error = TooManyConnectionsError(
+            f"{self._max_connections:,} connections are open, which is as many as may be"
+        )
+        self.refuse_by(error)
+        self.transport.close()
+
+    def _count_connections(self) -> None:
+        if self.metrics is not None:
+            self.metrics.connections.set(len(self.connections))

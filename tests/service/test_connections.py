@@ -1,0 +1,198 @@
+"""Connections: no more than may be, none that is kept for a client that does not read."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loadtest.redis_server import free_port
+from service.connections import max_connections
+from service.settings import Settings, SettingsError
+from tests.service.histories import NOW, records, steps
+from tests.service.live_service import PATIENCE_S, LiveService, wait_until
+from tests.service.problem_answers import assert_problem
+
+# An answer of some 400 kB: more than the buffers of a socket, where they are made small.
+LARGE = b"GET /users/ann/history?limit=10000 HTTP/1.1\r\nHost: test\r\n%b\r\n"
+SMALL = b"GET /healthz HTTP/1.1\r\nHost: test\r\n%b\r\n"
+N_BEHAVIORS = 10_000
+
+# Prints how many connections may be, and the limit of open files afterwards.
+ASK = """
+import resource, sys
+from pathlib import Path
+from service.connections import max_connections
+from service.settings import Settings
+soft, hard, asked = (int(one) if one != "None" else None for one in sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(max_connections(Settings(bundle=Path("b"), max_connections=asked)))
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def asked_with(soft: int, hard: int, connections: int | None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", ASK, str(soft), str(hard), str(connections)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+class TestMaxConnections:
+    @pytest.mark.parametrize(
+        ("soft", "hard", "connections", "most", "limit"),
+        [
+            pytest.param(256, 20_000, None, 2048, 4224, id="as many as usual"),
+            pytest.param(256, 1128, None, 500, 1128, id="as many as fit"),
+            pytest.param(256, 20_000, 100, 100, 328, id="as many as asked for"),
+            pytest.param(10_000, 20_000, 100, 100, 10_000, id="the limit is never lowered"),
+        ],
+    )
+    def test_the_limit_of_open_files_is_raised_as_far_as_needed(
+        self, soft, hard, connections, most, limit
+    ):
+        done = asked_with(soft, hard, connections)
+        assert done.stdout.splitlines() == [str(most), str((limit, hard))], done.stderr
+
+    def test_more_than_can_ever_fit_are_refused(self):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert hard != resource.RLIM_INFINITY, "Linux has a limit"
+        settings = Settings(bundle=Path("b"), max_connections=hard)
+        message = (
+            rf"max_connections: {hard:,} connections may need {2 * hard + 128:,} open files, and "
+            rf"the limit of this process is {hard:,} \(ulimit -Hn\)"
+        )
+        with pytest.raises(SettingsError, match=message):
+            max_connections(settings)
+
+
+@contextmanager
+def connections(service: LiveService, count: int) -> Iterator[list[socket.socket]]:
+    """Open connections that say nothing; return when the server has taken all of them."""
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection(service.address, timeout=PATIENCE_S))
+            for _ in range(count)
+        ]
+        wait_until(lambda: n_open(service) >= count, "the server has taken them")
+        yield opened
+
+
+def n_open(service: LiveService) -> int:
+    return len(service.server.server_state.connections)
+
+
+class TestLimit:
+    def test_one_connection_too_many_is_told_so_and_closed(self, serve):
+        service = serve(max_connections=4)
+        with connections(service, 4):
+            with httpx.Client(base_url=service.client.base_url, trust_env=False) as another:
+                answer = another.get("/healthz")
+            problem = assert_problem(answer, 503, "too-many-connections")
+            assert problem["detail"] == "4 connections are open, which is as many as may be"
+            assert answer.headers["Retry-After"] == "1"
+            assert answer.headers["Connection"] == "close"
+            wait_until(lambda: n_open(service) == 4, "it is gone")
+        wait_until(lambda: n_open(service) == 0, "all are gone")
+        assert service.scores() == [1.0]
+        assert service.metric("mneme_requests_total", route="other", status="503") == 1
+        assert service.metric("mneme_connections") == 1
+
+    def test_those_that_are_open_go_on(self, serve):
+        service = serve(max_connections=1)
+        assert service.scores() == [1.0]
+        with socket.create_connection(service.address, timeout=PATIENCE_S) as another:
+            assert another.recv(10_000).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+            assert service.scores() == [1.0]
+
+    def test_a_flood_of_them_leaves_nothing_behind(self, serve):
+        service = serve(max_connections=10)
+        assert service.scores() == [1.0]
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            with connections(service, 10), ExitStack() as stack:
+                for _ in range(100):
+                    stack.enter_context(
+                        socket.create_connection(service.address, timeout=PATIENCE_S)
+                    )
+                wait_until(lambda: n_open(service) == 10, "the others are refused")
+        wait_until(lambda: n_open(service) <= 1, "all are gone")
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "so are their descriptors")
+        assert service.scores() == [1.0]
+
+
+class TestSlowReaders:
+    """Clients that ask and do not read."""
+
+    @pytest.fixture
+    def slow(self, serve, redis) -> LiveService:
+        """A service that cuts them off soon, and whose sockets take little."""
+        redis.set("history:ann", records(*steps(*range(1, N_BEHAVIORS + 1), start=NOW)))
+        service: LiveService = serve(answer_taken_s=0.5)
+        listening = service.server.servers[0].sockets[0].fileno()
+        with socket.socket(fileno=os.dup(listening)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # theirs, too
+        return service
+
+    @contextmanager
+    def client(self, service: LiveService, request: bytes) -> Iterator[socket.socket]:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(PATIENCE_S)
+            connection.connect(service.address)
+            connection.sendall(request)
+            wait_until(lambda: n_open(service) == 1, "the server has taken the connection")
+            yield connection
+
+    @pytest.mark.parametrize(
+        "header", [b"", b"Connection: close\r\n"], ids=["keep-alive", "to be closed"]
+    )
+    def test_a_large_answer_that_nobody_reads_is_given_up(self, slow, header):
+        with self.client(slow, LARGE % header) as connection:
+            wait_until(lambda: n_open(slow) == 0, "the connection is cut off")
+            received = read_all(connection)
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.count(b'"item_id"') < N_BEHAVIORS
+
+    def test_so_are_small_ones_of_a_client_that_asks_again_and_again(self, slow):
+        with self.client(slow, SMALL % b"") as connection:
+            connection.setblocking(False)
+
+            def asks_on() -> bool:
+                try:
+                    connection.send(SMALL % b"" * 10)
+                except BlockingIOError:
+                    pass
+                except (BrokenPipeError, ConnectionResetError):
+                    return True
+                return n_open(slow) == 0
+
+            wait_until(asks_on, "the connection is cut off")
+
+    def test_who_reads_slowly_but_in_time_gets_all_of_it(self, slow):
+        """In pieces, each after a pause."""
+        with self.client(slow, LARGE % b"Connection: close\r\n") as connection:
+            time.sleep(0.1)
+            received = read_all(connection)
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.count(b'"item_id"') == N_BEHAVIORS
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Return what there is to be read until the server closes, or resets, the connection."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(65_536):
+            received += piece
+    return received
