@@ -29,7 +29,8 @@ def main() -> int:
     found = {}
     for target in chosen.targets:
         began = time.monotonic()
-        executions, rounds, crashes = 0, 0, []
+        executions, rounds = 0, 0
+        crashes: list[Path] = []
         while executions < chosen.executions and not crashes:
             # A new process with what the earlier ones have learned: memory stays small.
             run = fuzz(
