@@ -9,7 +9,7 @@ NAME ?= demo-imn-3p
 RUN_FOLDER ?= runs/$(NAME)
 BUNDLE ?= bundles/$(NAME)
 
-.PHONY: install demo test check format train export backfill serve bench clean
+.PHONY: install demo test check format train export backfill serve bench fuzz clean
 
 install: $(VENV)/installed
 
@@ -58,6 +58,12 @@ bench: install
 	$(RUN) -m tests.benchmarks.product_keys
 	$(if $(DATA),$(RUN) -m tests.benchmarks.prepare '$(DATA)')
 	for name in engine length overhead overload soak peers; do $(RUN) -m loadtest $$name || exit 1; done
+
+# A coverage-guided fuzzer and schemathesis at what the service decodes; takes an hour, gates nothing.
+fuzz: install
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(RUN) -m tests.fuzz
+	$(RUN) -m tests.service.openapi
 
 clean:
 	rm -rf $(VENV) demo runs bundles build *.egg-info

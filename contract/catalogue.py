@@ -17,9 +17,8 @@ FIRST_ROW = 2
 # each item.
 _SMALL_TABLE = 1 << 16
 _SPARSEST = 16
-# What an empty slot of the hash table holds, and the id of the rows that are no item's.
-_EMPTY = 0
-_NO_ID = np.iinfo(np.int64).min
+# What an empty slot of the hash table holds: the row of padding, whose id asks for nothing else.
+_EMPTY = PADDING_ROW
 
 # 2^64 divided by the golden ratio: multiplying by it spreads consecutive ids over the top bits.
 _FIBONACCI = np.uint64(0x9E3779B97F4A7C15)
@@ -94,7 +93,7 @@ class _HashTable:
         self._mask = (1 << n_bits) - 1
         # Rows only: what is compared is the id of the row, so that a probe touches few bytes.
         self._table = np.full(1 << n_bits, _EMPTY, dtype=np.int32)
-        self._id_of_row = np.concatenate([np.full(FIRST_ROW, _NO_ID), item_ids])
+        self._id_of_row = np.concatenate([np.full(FIRST_ROW, PADDING_ITEM), item_ids])
         pending = np.arange(len(item_ids))
         slots = self._slots(item_ids)
         while pending.size:

@@ -8,7 +8,6 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import (
@@ -38,11 +37,12 @@ _LINGER_S = 1.0
 class HttpProtocol(HttpToolsProtocol):
     """One connection.
 
-    `max_header_bytes`: target, names and values of a request's head, and trailers: more are
-    answered 431. `request_read_s`: seconds from the beginning of a request, or of the connection,
-    to the last byte of the request's body: what takes longer is answered 408. `keep_alive_s`:
-    seconds that an answered connection may wait for its next request. What is no HTTP/1.1 is
-    answered 400. All of them close the connection, once the requests before have their answers.
+    `max_header_bytes`: target, names and values of a request's head: more are answered 431, as is
+    twice as much that is neither a whole head nor part of a body. `request_read_s`: seconds from
+    the beginning of a request, or of the connection, to the last byte of the request's body: what
+    takes longer is answered 408. `keep_alive_s`: seconds that an answered connection may wait for
+    its next request. What is no HTTP/1.1 is answered 400. All of them close the connection, once
+    the requests before have their answers.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._max_header_bytes = max_header_bytes
         self._request_read_s = request_read_s
         self._reading: asyncio.TimerHandle | None = None
-        self._answering: RequestResponseCycle | None = None
-        # Of the message that is being received.
+        # Of the message that is being received; the request before it.
         self._in_message = False
         self._in_head = False
-        self._head_bytes = 0
-        self._unparsed_bytes = 0
+        self._before: RequestResponseCycle | None = None
+        # What has come of it without becoming a head or a part of a body: in whole calls, which
+        # hold no more than a head may, so that most requests need not be counted at all.
+        self._pending_bytes = 0
         # Nothing more is read: what has been accepted is answered, and the connection is closed.
         self._ending = False
 
@@ -83,15 +84,14 @@ class HttpProtocol(HttpToolsProtocol):
         if len(data) <= self._max_header_bytes:
             self._feed(data)
             return
-        # Bit by bit, so that the limit is noticed before all of it has been parsed.
         for start in range(0, len(data), self._max_header_bytes):
-            self._feed(data[start : start + self._max_header_bytes])
+            if not self.transport.is_closing():
+                self._feed(data[start : start + self._max_header_bytes])
 
     def _feed(self, data: bytes) -> None:
-        if self._ending or self.transport.is_closing():
+        if self._ending:
             return
         self._unset_keepalive_if_required()
-        self._unparsed_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -103,9 +103,11 @@ class HttpProtocol(HttpToolsProtocol):
                 refusal = MalformedRequestError(f"the request is not valid HTTP/1.1: {error}")
             self._refuse(refusal)
             return
-        if self._in_message and self._head_bytes + self._unparsed_bytes > self._max_header_bytes:
-            self._refuse(self._head_too_large())
-            return
+        if self._in_message:
+            self._pending_bytes += len(data)
+            if self._pending_bytes > 2 * self._max_header_bytes:
+                self._refuse(self._head_too_large())
+                return
         if self._in_message or self._is_idle():
             if self._reading is None:
                 self._reading = self.loop.call_later(self._request_read_s, self._too_slow)
@@ -113,62 +115,48 @@ class HttpProtocol(HttpToolsProtocol):
             self._stop_clock()
 
     def on_message_begin(self) -> None:
-        """Begin to count. Raises where too many requests wait already."""
+        """Take note of a new request. Raises where too many wait already."""
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise MalformedRequestError(
                 f"more than {_MAX_PIPELINED} requests were sent before the first was answered"
             )
         super().on_message_begin()
         self._in_message = self._in_head = True
-        self._head_bytes = self._unparsed_bytes = 0
-
-    def on_url(self, url: bytes) -> None:
-        """Count a piece of the target."""
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header. Trailers are read, and are none: the application has begun."""
-        self._count(len(name) + len(value) + _BYTES_AROUND_A_HEADER)
-        if self._in_head:
-            super().on_header(name, value)
+        self._pending_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """Let the application begin."""
+        """Let the application begin. Raises where the head cannot be what it seems."""
+        if self._pending_bytes:  # otherwise it has come at once, and fits
+            around = len(self.headers) * _BYTES_AROUND_A_HEADER
+            size = sum(len(name) + len(value) for name, value in self.headers)
+            if len(self.url) + size + around > self._max_header_bytes:
+                raise self._head_too_large()
+        if b"%" in self.url and self.url.partition(b"?")[0][-3:].lower() == b"%0a":
+            # Starlette's routes end with `$`, which a line break passes: what asks for a path by
+            # name would take this for another one.
+            raise MalformedRequestError("the path of the request ends with a line break")
         upgrade = self.parser.should_upgrade()
         if upgrade and any(name in _OF_A_BODY for name, _ in self.headers):
             # The parser takes the body for the other protocol.
             raise MalformedRequestError("only HTTP/1.1 is spoken: a body cannot ask for an upgrade")
-        if self.url.partition(b"?")[0][-3:].lower() == b"%0a":
-            # Starlette's routes end with `$`, which a line break passes: what asks for a path by
-            # name would take this for another one.
-            raise MalformedRequestError("the path of the request ends with a line break")
+        self._before = self.cycle
         super().on_headers_complete()
         self._in_head = False
-        self._head_bytes = self._unparsed_bytes = 0  # from here on: of trailers
+        self._pending_bytes = 0
+        # Trailers go nowhere: the application has begun to read the headers.
+        self.headers = []
         if upgrade:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body on."""
-        self._unparsed_bytes = 0
         super().on_body(body)
+        self._pending_bytes = 0
 
     def on_message_complete(self) -> None:
-        """Stop the clock of the request."""
-        self._in_message = False
-        self._unparsed_bytes = 0
+        """Take note of the end of the request."""
         super().on_message_complete()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._answering = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def _count(self, n_bytes: int) -> None:
-        self._unparsed_bytes = 0
-        self._head_bytes += n_bytes
-        if self._head_bytes > self._max_header_bytes:
-            raise self._head_too_large()
+        self._in_message = False
 
     def _head_too_large(self) -> HeadTooLargeError:
         return HeadTooLargeError(
@@ -176,7 +164,8 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _is_idle(self) -> bool:
-        return self._answering is None or self._answering.response_complete
+        # They are answered in their order. Before the first there is none, whatever its type says.
+        return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]
 
     def _stop_clock(self) -> None:
         if self._reading is not None:
@@ -197,24 +186,28 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    @property
+    def _in_body(self) -> bool:
+        return self._in_message and not self._in_head
+
     def _others_wait(self) -> bool:
         """Return whether requests before the one that is being received wait for an answer."""
-        reads_its_body = self._in_message and not self._in_head
-        return bool(self.pipeline) or not (reads_its_body or self._is_idle())
+        return bool(self.pipeline) or not (self._in_body or self._is_idle())
 
     def _refuse(self, error: ServiceError) -> None:
         """Read nothing more; answer the request that is being received, if it is its turn."""
         if self._others_wait():
-            if self.pipeline and self._in_message and not self._in_head:
+            last = self.cycle
+            if self._in_body:
                 self.pipeline.popleft()  # the one that is being received
-            last = self.pipeline[0][0] if self.pipeline else self._answering
-            assert last is not None
+                assert self._before is not None
+                last = self._before
             last.keep_alive = False
             self._ending = True
             return
         self._stop_clock()
         self._ending = True
-        begun = self.cycle if self._in_message and not self._in_head else None
+        begun = self.cycle if self._in_body else None
         if begun is None or not begun.response_started:
             if begun is not None:  # its application waits for the body
                 begun.disconnected = True

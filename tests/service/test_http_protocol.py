@@ -5,8 +5,11 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.service.dummy_model import score_of
 from tests.service.live_service import PATIENCE_S, LiveService, in_background, wait_until
@@ -209,6 +212,9 @@ class TestNoHttp:
         connection.close()
 
 
+AHEAD = WHOLE + ALIVE + CHUNKED + b"\r\n" + chunk(BODY[:9]) + chunk(BODY[9:]) + b"0\r\nX: y\r\n\r\n"
+
+
 class TestRequestsAhead:
     def test_they_are_answered_in_their_order(self, connection):
         connection.send(WHOLE + ALIVE + WHOLE)
@@ -237,6 +243,19 @@ class TestRequestsAhead:
             time.sleep(0.6)
         assert connection.scores() == [score_of(1), score_of(2)]
         connection.send(BODY[5:])
+        assert connection.scores() == [score_of(1), score_of(2)]
+        connection.close()
+
+    @given(st.sets(st.integers(1, len(AHEAD) - 1), max_size=12))
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_wherever_they_are_cut_they_are_the_same(self, service, cuts):
+        connection = Connection(service)
+        places = [0, *sorted(cuts), len(AHEAD)]
+        for start, end in pairwise(places):
+            connection.send(AHEAD[start:end])
+            time.sleep(0.0005)  # so that it is a packet of its own
+        assert connection.scores() == [score_of(1), score_of(2)]
+        assert json.loads(connection.answer()[2]) == {"status": "alive"}
         assert connection.scores() == [score_of(1), score_of(2)]
         connection.close()
 

@@ -5,8 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from fastapi.exceptions import RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.schemas import MAX_DEADLINE_MS, ScoreAnswer
+from service.schemas import MAX_DEADLINE_MS, ScoreAnswer, ScoreBody
+from service.score_endpoint import _parse
 from tests.service.dummy_model import score_of
 from tests.service.live_service import LiveService, in_background
 from tests.service.problem_answers import assert_problem, assert_retry
@@ -139,6 +143,40 @@ class TestClientsThatLeave:
         assert b"content-length: %d" % len(body) in head.lower()
         assert json.loads(body)["scores"] == [score_of(1), score_of(2)]
         assert answers(service, 499) == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+WHOLE_NUMBERS = st.integers(0, 2**64) | st.sampled_from([1, 2**63 - 1, 2**63, 2**32 - 1, 2**32])
+BEHAVIORS = st.fixed_dictionaries({"item_id": WHOLE_NUMBERS | JSON, "time": WHOLE_NUMBERS | JSON})
+BODIES = st.fixed_dictionaries(
+    {
+        "user_id": st.text(max_size=130) | st.integers() | JSON,
+        "candidates": st.lists(WHOLE_NUMBERS, min_size=1, max_size=4) | JSON,
+    },
+    optional={
+        "ranking_time": WHOLE_NUMBERS | JSON,
+        "arm": st.from_regex(r"[a-z0-9_-]{1,33}", fullmatch=True) | JSON,
+        "history": st.lists(BEHAVIORS, max_size=3) | JSON,
+        "surprise": JSON,
+    },
+)
+
+
+@given(body=BODIES | JSON, is_ascii=st.booleans())
+def test_a_body_is_read_as_every_other_route_would_read_it(body, is_ascii):
+    """It is parsed by another parser, and only what that refuses is parsed as theirs is."""
+    raw = json.dumps(body, ensure_ascii=is_ascii).encode(errors="surrogatepass")
+    try:
+        expected = ScoreBody.model_validate(json.loads(raw))
+    except ValueError:
+        with pytest.raises(RequestValidationError):
+            _parse(raw)
+    else:
+        assert _parse(raw) == expected
 
 
 FLOATS = [

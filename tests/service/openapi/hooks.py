@@ -12,21 +12,22 @@ from tests.service.dummy_model import KNOWN_ITEMS
 
 
 @schemathesis.hook
-def before_call(context: HookContext, case: Case, **kwargs: Any) -> None:
+def before_call(context: HookContext, case: Case[Any], **kwargs: Any) -> None:
     """Let a valid request be valid for this service: its arm, its catalogue, its clock."""
     del context, kwargs
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
     if case.query and "arm" in case.query:
         case.query["arm"] = SINGLE_ARM
-    case.body = _whole(case.body)
-    if not isinstance(case.body, dict):
+    body: Any = _whole(case.body)
+    case.body = body
+    if not isinstance(body, dict):
         return
-    if case.body.get("arm") is not None:
-        case.body["arm"] = SINGLE_ARM
-    if "k" in case.body:
-        case.body["k"] = min(case.body["k"], KNOWN_ITEMS)
-    for event in [case.body, *case.body.get("events", ())]:
+    if body.get("arm") is not None:
+        body["arm"] = SINGLE_ARM
+    if "k" in body:
+        body["k"] = min(body["k"], KNOWN_ITEMS)
+    for event in [body, *body.get("events", ())]:
         if event.get("time") is not None:
             event["time"] = min(event["time"], int(time.time()))
         if isinstance(event.get("user_id"), str):
