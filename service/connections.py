@@ -84,14 +84,14 @@ class LimitedProtocol(HttpToolsProtocol):
         """Take the connection, if there is a place for it."""
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
-            self._refuse()
-        self._count()
+            self._turn_away()
+        self._count_connections()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
-        self._stop_clock()
+        self._stop_taking()
         super().connection_lost(exc)
-        self._count()
+        self._count_connections()
 
     def pause_writing(self) -> None:
         """Begin to wait for the client: the buffers are full of what it has not taken."""
@@ -100,7 +100,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """The client has taken most of it."""
-        self._stop_clock()
+        self._stop_taking()
         super().resume_writing()
 
     def on_response_complete(self) -> None:
@@ -120,12 +120,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._taking = None
         self.transport.abort()
 
-    def _stop_clock(self) -> None:
+    def _stop_taking(self) -> None:
         if self._taking is not None:
             self._taking.cancel()
             self._taking = None
 
-    def _refuse(self) -> None:
+    def _turn_away(self) -> None:
         error = TooManyConnectionsError(
             f"{self._max_connections:,} connections are open, which is as many as may be"
         )
@@ -134,7 +134,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._metrics is not None:
             self._metrics.count_answer("other", error.status.value)
 
-    def _count(self) -> None:
+    def _count_connections(self) -> None:
         if self._metrics is not None:
             self._metrics.connections.set(len(self.connections))
 

@@ -16,6 +16,7 @@ from tests.service.dummy_process import DummyProcess, dummy_process
 from tests.service.live_service import PATIENCE_S
 from tests.service.logged import events_of
 
+
 class Device:
     """What the watchdog is told of runs, and whether it has ended the process."""
 
