@@ -23,7 +23,6 @@ from service.errors import (
 from service.metrics import ArmMetrics
 from service.scorer import BatchScorer, ScoreRequest
 
-
 # Those who wait hold their histories as they sent them.
 _MOST_INSIDE = 16
 

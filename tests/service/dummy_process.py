@@ -54,12 +54,20 @@ class DummyProcess:
     @property
     def n_files(self) -> int:
         """Return how many descriptors are open."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def resident_bytes_from_here_on(self) -> int:
+        """Return the resident memory, and let its peak count anew."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        return self._memory_bytes("VmRSS")
 
     @property
-    def resident_bytes(self) -> int:
+    def peak_resident_bytes(self) -> int:
+        return self._memory_bytes("VmHWM")
+
+    def _memory_bytes(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
     @property
     def cpu_s(self) -> float:

@@ -862,6 +862,22 @@ class TestErrors:
         assert queue.stages.prepared == [["runs"], ["ready"], ["prepares"]]
 
 
+async def test_no_more_than_ten_thousand_wait_however_little_their_work():
+    async with running(max_queue_work=10**9) as queue:
+        async with queue.busy("a"):
+            for _ in range(9_999):
+                queue.submit("b")
+            with pytest.raises(OverloadedError, match="10,000 requests are waiting"):
+                queue.submit("c")
+            assert queue.dropped("overloaded") == 1
+        assert queue.batcher.is_idle is False
+        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            while not queue.batcher.is_idle:  # noqa: ASYNC110  # nobody is told of it
+                await asyncio.sleep(0.01)
+        assert await queue.answer("d") == "D"
+
+
 class TestOutOfMemory:
     """The device has memory for so many letters at a time."""
 

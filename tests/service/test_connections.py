@@ -1,22 +1,24 @@
 """Connections: no more than may be, none that is kept for a client that does not read."""
 
+import asyncio
 import os
+import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
-from loadtest.redis_server import free_port
 from service.connections import max_connections
 from service.settings import Settings, SettingsError
+from tests.service.dummy_process import dummy_process
 from tests.service.histories import NOW, records, steps
 from tests.service.live_service import PATIENCE_S, LiveService, wait_until
 from tests.service.problem_answers import assert_problem
@@ -89,6 +91,10 @@ def connections(service: LiveService, count: int) -> Iterator[list[socket.socket
         yield opened
 
 
+def n_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def n_open(service: LiveService) -> int:
     return len(service.server.server_state.connections)
 
@@ -119,7 +125,7 @@ class TestLimit:
     def test_a_flood_of_them_leaves_nothing_behind(self, serve):
         service = serve(max_connections=10)
         assert service.scores() == [1.0]
-        before = len(os.listdir("/proc/self/fd"))
+        before = n_files()
         for _ in range(5):
             with connections(service, 10), ExitStack() as stack:
                 for _ in range(100):
@@ -128,7 +134,7 @@ class TestLimit:
                     )
                 wait_until(lambda: n_open(service) == 10, "the others are refused")
         wait_until(lambda: n_open(service) <= 1, "all are gone")
-        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "so are their descriptors")
+        wait_until(lambda: n_files() <= before, "so are their descriptors")
         assert service.scores() == [1.0]
 
 
@@ -167,7 +173,7 @@ class TestSlowReaders:
 
     def test_so_are_small_ones_of_a_client_that_asks_again_and_again(self, slow):
         with self.client(slow, SMALL % b"") as connection:
-            connection.setblocking(False)
+            connection.settimeout(0)
 
             def asks_on() -> bool:
                 try:
@@ -196,3 +202,95 @@ def read_all(connection: socket.socket) -> bytes:
         while piece := connection.recv(65_536):
             received += piece
     return received
+
+
+class TestOverload:
+    """A process of its own, three times as many clients as may be, each with a large request."""
+
+    MOST = 150
+    BODY_BYTES = 32_768
+
+    def test_memory_and_descriptors_stay_within_bounds(self, redis_url, tmp_path):
+        """So much for each connection: 64 KiB, and eight times the largest body."""
+        settings = {
+            "max_connections": self.MOST,
+            "max_body_bytes": self.BODY_BYTES,
+            "max_batch_work": 1,  # one after the other: all others wait
+            "redis_url": redis_url,
+            "redis_timeout_s": 5.0,
+        }
+        body = large_body(self.BODY_BYTES)
+        with dummy_process(tmp_path, **settings) as service:
+            for _ in range(20):
+                assert service.score().status_code == 200
+            files, resident_bytes = service.n_files, service.resident_bytes_from_here_on()
+            statuses = asyncio.run(flood(service.url, body, clients=3 * self.MOST, seconds=3.0))
+            assert statuses[200] > 0
+            assert statuses[503] > 0
+            assert set(statuses) <= {200, 429, 503, CUT_OFF}
+            allowed_bytes = self.MOST * (65_536 + 8 * self.BODY_BYTES)
+            assert service.peak_resident_bytes - resident_bytes < allowed_bytes
+            wait_until(lambda: service.n_files <= files, "the descriptors are free again")
+            assert service.score().status_code == 200
+
+    def test_a_process_without_descriptors_waits_for_some_and_does_not_spin(
+        self, redis_url, tmp_path
+    ):
+        with dummy_process(tmp_path, redis_url=redis_url, redis_timeout_s=5.0) as service:
+            assert service.score().status_code == 200
+            files = service.n_files
+            service.allow_files(files + 5)
+            port = int(service.url.rpartition(":")[2])
+            with ExitStack() as stack:
+                for _ in range(50):
+                    stack.enter_context(
+                        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+                    )
+                wait_until(lambda: service.n_files >= files + 4, "they are used up")
+                cpu_s = service.cpu_s
+                time.sleep(1.0)
+                assert service.cpu_s - cpu_s < 0.5
+            wait_until(lambda: service.n_files <= files, "the descriptors are free again")
+            assert service.score().status_code == 200
+
+
+# In place of a status: the server has closed the connection without an answer.
+CUT_OFF = 0
+
+
+def large_body(size: int) -> bytes:
+    """Return a request of nearly so many bytes, which is a history."""
+    behavior = b'{"item_id":1,"time":1}'
+    count = (size - 100) // (len(behavior) + 1)
+    history = b",".join([behavior] * count)
+    return b'{"user_id":"ann","candidates":[1,2,3],"history":[' + history + b"]}"
+
+
+async def flood(url: str, body: bytes, *, clients: int, seconds: float) -> Counter[int]:
+    """Let so many clients ask, each for one answer after the other; return the statuses."""
+    host, port = url.removeprefix("http://").split(":")
+    request = (
+        b"POST /score HTTP/1.1\r\nHost: test\r\nX-Deadline-Ms: 60000\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    statuses: Counter[int] = Counter()
+    ends = time.monotonic() + seconds
+
+    async def client() -> None:
+        while time.monotonic() < ends:
+            try:
+                reader, writer = await asyncio.open_connection(host, port)
+                with closing(writer):
+                    while time.monotonic() < ends:
+                        writer.write(request)
+                        head = await reader.readuntil(b"\r\n\r\n")
+                        statuses[int(head.split()[1])] += 1
+                        (length,) = re.findall(rb"content-length: (\d+)", head)
+                        await reader.readexactly(int(length))
+            except (ConnectionError, asyncio.IncompleteReadError):
+                statuses[CUT_OFF] += 1
+                await asyncio.sleep(0.05)
+
+    async with asyncio.timeout(PATIENCE_S + seconds):
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return statuses

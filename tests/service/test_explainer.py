@@ -13,9 +13,11 @@ from service.errors import (
     ClientLeft,
     CorruptHistoryError,
     DeadlineExceededError,
+    DeviceMemoryError,
     HistoryUnavailableError,
     ModelFailedError,
     NotExplainableError,
+    OverloadedError,
 )
 from service.explainer import Explained, Explainer
 from service.metrics import Metrics
@@ -138,6 +140,24 @@ class TestExplain:
         assert [(await one).scores.tolist() for one in asked] == [[1.0], [2.0], [3.0]]
         assert explainer.is_idle
         assert (device.n_lent, device.most_inside) == (3, 1)
+
+    async def test_no_more_than_sixteen_wait(self, make_explainer, metrics):
+        model = DummyModel(explains=True)
+        explainer = make_explainer(model)
+        with model.held():
+            asked = [asyncio.create_task(ask(explainer, 1)) for _ in range(16)]
+            await asyncio.to_thread(model.wait_until_busy)
+            with pytest.raises(OverloadedError, match="16 explanations are waiting"):
+                await ask(explainer, 1)
+        assert [(await one).scores.tolist() for one in asked] == [[1.0]] * 16
+        assert sample(metrics, "mneme_dropped_total", reason="overloaded") == 1
+        assert (await ask(explainer, 1)).scores.tolist() == [1.0]
+
+    async def test_one_that_does_not_fit_is_told_so(self, make_explainer):
+        model = DummyModel(explains=True)
+        model.memory = 0
+        with pytest.raises(DeviceMemoryError, match="1 requests with 2 candidates"):
+            await ask(make_explainer(model), 1, 2)
 
 
 class TestRefused:

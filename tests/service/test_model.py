@@ -1,6 +1,7 @@
 """A real bundle in onnxruntime: what is accepted, and what is refused with the file's name."""
 
 import json
+import logging
 import re
 import shutil
 from typing import Any
@@ -16,6 +17,8 @@ from contract.errors import BundleError
 from contract.golden import GoldenRows
 from service.model import OnnxModel
 from service.shapes import Shape, shape_grid
+from tests.service.dummy_model import OUT_OF_MEMORY
+from tests.service.logged import Logged
 from tests.service.tiny_bundle import (
     HISTORY_LENGTH,
     ITEM_IDS,
@@ -240,6 +243,52 @@ def test_a_gpu_is_never_replaced_by_the_cpu_silently(good_bundle):
     """And the operator hears what is missing, not what onnxruntime thinks of its nodes."""
     with pytest.raises(BundleError, match="CUDAExecutionProvider"):
         OnnxModel(good_bundle, provider="cuda")
+
+
+class TestWarmUp:
+    """On a device with little memory: so many pairs of candidate and behavior."""
+
+    @pytest.fixture
+    def model(self, good_bundle, monkeypatch):
+        model = OnnxModel(good_bundle, threads=1)
+        run = model.run
+
+        def with_memory_for(pairs: int) -> OnnxModel:
+            def run_if_it_fits(inputs):
+                if inputs.candidate_items.size * inputs.history_items.shape[1] > pairs:
+                    raise OUT_OF_MEMORY
+                return run(inputs)
+
+            monkeypatch.setattr(model, "run", run_if_it_fits)
+            return model
+
+        return with_memory_for
+
+    def test_shapes_that_do_not_fit_are_left_out_and_told(self, model):
+        found = Logged()
+        with found.listening(logging.WARNING, personal_data=False):
+            took = model(100 * HISTORY_LENGTH).warm_up(10**9)
+        works = [work for work, _ in took]
+        assert max(works) == 100 * HISTORY_LENGTH
+        assert 4 * HISTORY_LENGTH in works
+        (event,) = found.events("shapes-left-out")
+        assert event["shapes"] == 1
+        assert event["smallest_work"] == 4 * 100 * HISTORY_LENGTH
+
+    def test_where_not_even_one_request_fits_the_bundle_is_refused(self, model):
+        message = "no memory for one request of 100 candidates and 8 behaviors: .*requested buffer"
+        with pytest.raises(BundleError, match=message):
+            model(100 * HISTORY_LENGTH - 1).warm_up(10**9)
+
+    def test_another_failure_is_not_taken_for_it(self, model, monkeypatch):
+        model = model(10**9)
+
+        def fail(inputs):
+            raise RuntimeError(f"broken by {inputs.candidate_items.size}")
+
+        monkeypatch.setattr(model, "run", fail)
+        with pytest.raises(RuntimeError, match="broken by"):
+            model.warm_up(10**9)
 
 
 class TestExplainGraph:
