@@ -5,11 +5,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import api, browse, problems, site
+from service.access import Guard, describe, route_of
 from service.body_limit import BodyLimit
 from service.errors import ServiceError
 from service.history import HistoryStore
@@ -22,13 +24,7 @@ from service.titles import read_titles
 from service.wiring import ARM, running
 
 _log = logging.getLogger(__name__)
-_ROUTES = frozenset(
-    {
-        *("/", "/score", "/recommend", "/explain", "/events", "/models", "/experiments"),
-        *("/users/sample", "/items/sample", "/healthz", "/readyz", "/metrics"),
-    }
-)
-_HISTORY_ROUTE = "/users/{user_id}/history"
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
 
 def create_app(
@@ -67,9 +63,11 @@ def create_app(
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
+    app.add_middleware(Guard)
     app.add_middleware(_AlwaysAnswer, requests=requests)
     limited = BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes)
-    app.score = _AlwaysAnswer(limited, requests=requests)
+    app.score = _AlwaysAnswer(Guard(limited), requests=requests)
+    app.asks_for_keys = settings.api_keys is not None
     return app
 
 
@@ -77,6 +75,13 @@ class _App(FastAPI):
     """Hands `POST /score` over before any routing, and everything else to FastAPI."""
 
     score: ASGIApp
+    asks_for_keys: bool
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the description of the routes, made once."""
+        if self.openapi_schema is None and self.asks_for_keys:
+            self.openapi_schema = describe(super().openapi())
+        return super().openapi()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/score" and scope["method"] == "POST":
@@ -84,14 +89,6 @@ class _App(FastAPI):
             await self.score(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
-
-
-def _route(path: str) -> str:
-    """Return what a path counts as: paths come from outside, and labels must be few."""
-    if path in _ROUTES:
-        return path
-    is_history = path.startswith("/users/") and path.endswith("/history")
-    return _HISTORY_ROUTE if is_history else "other"
 
 
 class _JsonBody:
@@ -124,7 +121,7 @@ class _AlwaysAnswer:
             return
 
         began = time.perf_counter()
-        route = _route(scope["path"])
+        route = route_of(scope["path"])
         context = self._requests.begin(scope, route)
         status = 0
 
@@ -139,7 +136,7 @@ class _AlwaysAnswer:
                     arm=arm.name if arm else "",
                     version=arm.metrics.version if arm else "",
                 )
-                message["headers"] = [*message["headers"], *context.headers]
+                message["headers"] = [*message["headers"], *context.headers, _NO_SNIFFING]
             await send(message)
 
         try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from contract.errors import RecordError
 from contract.records import RECORD, check_user_id, encode_records
@@ -35,7 +35,13 @@ from service.schemas import (
 from service.scorer import ScoreRequest
 from service.wiring import ARM, USABLE_SHARE, Services
 
-router = APIRouter()
+
+def _never_kept(response: Response) -> None:
+    """What a user did is for whoever asked, and for no cache between."""
+    response.headers["Cache-Control"] = "no-store"
+
+
+router = APIRouter(dependencies=[Depends(_never_kept)])
 
 _MAX_SAMPLE = 100
 HowMany = Annotated[int, Query(ge=1, le=_MAX_SAMPLE, description="At most so many.")]

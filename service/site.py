@@ -15,7 +15,6 @@ _HEADERS = {
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
     # Files of two versions must not meet in one page.
     "Cache-Control": "no-cache",
 }

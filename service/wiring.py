@@ -7,10 +7,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.access import Access
+from service.api_keys import read_keys
 from service.arms import Arms
 from service.experiment import Experiment
 from service.experiment_watch import ExperimentWatch
 from service.history import HistoryStore, connect
+from service.key_watch import KeyWatch
 from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
@@ -39,6 +42,7 @@ class Services:
     watch: ExperimentWatch | None
     metrics: Metrics
     titles: Mapping[int, str]
+    access: Access
 
 
 @asynccontextmanager
@@ -51,6 +55,8 @@ async def running(
 ) -> AsyncIterator[Services]:
     """Yield everything wired and started; stop and close it afterwards."""
     metrics = Metrics()
+    keys = None if settings.api_keys is None else read_keys(settings.api_keys)
+    access = Access(settings, metrics, keys)
     store = history or HistoryStore(
         connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
         prefix=settings.key_prefix,
@@ -58,6 +64,10 @@ async def running(
     )
     arms = Arms(settings, open_model, store, metrics)
     watch, watching = None, None
+    following = None
+    if settings.api_keys is not None:
+        key_watch = KeyWatch(settings.api_keys, apply=access.apply, metrics=metrics)
+        following = asyncio.create_task(key_watch.run())
     try:
         if settings.bundle is not None:
             await arms.apply(Experiment.of_bundle(settings.bundle))
@@ -83,11 +93,13 @@ async def running(
             watch=watch,
             metrics=metrics,
             titles=titles,
+            access=access,
         )
     finally:
-        if watching is not None:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+        for task in (watching, following):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await arms.close()
         await store.close()

@@ -114,11 +114,13 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def live_service(app: FastAPI, model: Any) -> Iterator[LiveService]:
-    """Serve `app` from a thread until the block ends."""
+def live_service(
+    app: FastAPI, model: Any, sockets: list[socket.socket] | None = None
+) -> Iterator[LiveService]:
+    """Serve `app` from a thread until the block ends, on a free port or on bound sockets."""
     config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="on")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive(), "the server has started")
