@@ -32,8 +32,6 @@ ROLES: Mapping[str, Role | None] = {
     "/": None,
     _PAGE: None,
     "/docs": None,
-    "/docs/oauth2-redirect": None,
-    "/redoc": None,
     "/openapi.json": None,
     "/healthz": None,
     "/readyz": None,

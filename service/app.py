@@ -55,6 +55,8 @@ def create_app(
     app = _App(
         title="Mneme",
         summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
+        docs_url=None,  # `site` has its own
+        redoc_url=None,
         lifespan=lifespan,
     )
     app.include_router(api.router)

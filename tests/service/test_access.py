@@ -31,8 +31,6 @@ REQUESTS: dict[str, tuple[str, str, Any]] = {
     "/": ("GET", "/", None),
     "/page/": ("GET", "/page/page.js", None),
     "/docs": ("GET", "/docs", None),
-    "/docs/oauth2-redirect": ("GET", "/docs/oauth2-redirect", None),
-    "/redoc": ("GET", "/redoc", None),
     "/openapi.json": ("GET", "/openapi.json", None),
     "/healthz": ("GET", "/healthz", None),
     "/readyz": ("GET", "/readyz", None),

@@ -204,6 +204,13 @@ def test_what_cannot_be_scored_is_told_and_forgotten(looking, visit, candidates,
     expect(page.locator("#scores li")).to_have_count(1)
 
 
+def test_the_routes_are_described_without_another_host(looking, visit):
+    page = visit(looking)
+    page.get_by_role("link", name="Routes").click()
+    expect(page.get_by_text("Score candidates for a user")).to_be_visible()
+    expect(page.get_by_text("/users/{user_id}/history")).to_be_visible()
+
+
 def test_a_bundle_without_an_explain_graph_says_so(serve, visit):
     page = visit(serve())
     show(page)
