@@ -242,9 +242,14 @@ def _is_near(host: bytes) -> bool:
     """Return whether a Host header is no name that anybody could have made up in DNS."""
     try:
         name = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return False
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    try:
         ip_address(name)
     except ValueError:
-        return "." not in name or name.endswith(".localhost")
+        return False
     return True
 
 

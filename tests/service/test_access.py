@@ -1,5 +1,6 @@
 """Who may ask what, over real HTTP."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,18 +10,23 @@ from typing import Any, get_args
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.routing import Mount, Route
 
 from loadtest.redis_server import free_port
-from service.access import ROLES, TokenBucket, route_of
-from service.api_keys import Role, described, make_key
+from service.access import ROLES, Access, TokenBucket, route_of
+from service.api_keys import Role, described, make_key, parse_keys
 from service.app import create_app
+from service.errors import ServiceError
 from service.listening import bind
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.service.conftest import patient_settings
 from tests.service.dummy_model import DummyModel
 from tests.service.histories import NOW
 from tests.service.live_service import LiveService, live_service
+from tests.service.logged import Logged
 from tests.service.problem_answers import assert_problem
 
 ALL_ROLES = get_args(Role)
@@ -287,6 +293,19 @@ def test_requests_are_counted_by_the_name_of_the_key(guarded, keys):
     assert guarded.metric("mneme_requests_total", route="/score", status="401") == 2
 
 
+def test_the_log_tells_the_name_of_the_key_and_not_the_key(guarded, keys):
+    logged = Logged()
+    with logged.listening(logging.DEBUG, personal_data=True):
+        ask(guarded, "/score", **bearer(keys.keys["score"]))
+        ask(guarded, "/score", **bearer(keys.keys["events"]))
+        ask(guarded, "/score")
+        allowed, forbidden, nobody = logged.wait_for("request-answered", 3)
+    assert (allowed["key"], forbidden["key"]) == ("score", "events")
+    assert [one["status"] for one in (allowed, forbidden, nobody)] == [200, 403, 401]
+    assert "key" not in nobody
+    assert not [key for key in keys.keys.values() if key in logged.text]
+
+
 def test_no_key_is_told_by_any_metric(guarded, keys):
     for key in keys.keys.values():
         ask(guarded, "/score", **bearer(key))
@@ -362,7 +381,7 @@ class TestForeignPages:
         assert ask(service, "/", **headers).status_code == 200
 
     @pytest.mark.parametrize(
-        "host", ["evil.example", "evil.example:8000", "a.b", "1.2.3.4.example"]
+        "host", ["evil.example", "evil.example:8000", "a.b", "1.2.3.4.example", "[::1"]
     )
     def test_a_name_of_the_web_is_not_answered_on_loopback(self, service, host):
         """An address that a name of somebody else's leads to: DNS rebinding."""
@@ -371,7 +390,16 @@ class TestForeignPages:
             assert f"not as '{host}'" in problem["detail"]
 
     @pytest.mark.parametrize(
-        "host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:80", "app.localhost", "mneme"]
+        "host",
+        [
+            "localhost",
+            "LOCALHOST:8000",
+            "10.0.0.1:8000",
+            "127.0.0.1",
+            "[::1]:80",
+            "app.localhost",
+            "mneme",
+        ],
     )
     def test_names_that_nobody_else_can_have_are(self, service, host):
         assert ask(service, "/score", Host=host).status_code == 200
@@ -386,6 +414,31 @@ class TestForeignPages:
         """A page that knows none cannot send one, and one that does has been given it."""
         headers = {**bearer(keys.keys["score"]), "Origin": "https://shop.example"}
         assert ask(guarded, "/score", **headers, Host="scores.example").status_code == 200
+
+
+_HEADERS = ("host", "origin", "sec-fetch-site", "authorization", "x-other")
+_SENT = st.lists(
+    st.tuples(
+        st.sampled_from([name.encode() for name in _HEADERS]),
+        st.binary() | st.sampled_from([b"Bearer ", b"[::1", b"//", b"a.b", b"null", b"1.2.3.4:x"]),
+    )
+)
+
+
+@given(path=st.text() | st.sampled_from(sorted(ROLES)), headers=_SENT, method=st.text())
+def test_whatever_is_sent_is_decided_and_without_a_key_only_what_is_open_passes(
+    path, headers, method
+):
+    scope = {"path": path, "headers": headers, "method": method, "server": ("127.0.0.1", 8000)}
+    key = described("all", make_key(), roles=ALL_ROLES)
+    settings = Settings(bundle=Path("unused"))
+    for keys in (None, parse_keys(key.encode(), Path("keys.toml"))):
+        access = Access(settings, Metrics(), keys)
+        try:
+            access.check(scope)
+        except ServiceError:
+            continue
+        assert keys is None or ROLES[route_of(path)] is None
 
 
 @pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "PUT", "CONNECT", "X"])
