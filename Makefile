@@ -31,6 +31,7 @@ check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(RUN) -m tests.audit
 
 format: install
 	$(VENV)/bin/ruff format .

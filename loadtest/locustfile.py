@@ -24,9 +24,11 @@ from locust import FastHttpUser, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 
+from loadtest.api_key import api_key_headers
 from loadtest.traffic import add_flags, traffic_of
 
 _JSON = {"Content-Type": "application/json"}
+_KEY = api_key_headers()
 _bodies: Iterator[str] = iter(())
 _made_of: dict[str, Any] = {}
 
@@ -83,7 +85,7 @@ class Caller(FastHttpUser):
         assert self.environment.parsed_options is not None
         deadline_ms = self.environment.parsed_options.deadline_ms
         deadline = {"X-Deadline-Ms": str(deadline_ms)} if deadline_ms else {}
-        self.client.post("/score", data=next(_bodies), headers={**_JSON, **deadline})
+        self.client.post("/score", data=next(_bodies), headers={**_JSON, **deadline, **_KEY})
 
 
 # Locust's own listeners have no types.

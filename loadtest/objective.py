@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from loadtest.api_key import api_key_headers
 from loadtest.open_loop import LoadResult, ScheduleResult, Target, run_schedule
 
 PASS, FAIL, INVALID = 0, 1, 3
@@ -206,7 +207,7 @@ def sending_of(options: argparse.Namespace) -> Sending:
             host=url.hostname,
             port=port,
             path=f"{url.path.rstrip('/')}/score",
-            headers={"Content-Type": "application/json", **deadline},
+            headers={"Content-Type": "application/json", **deadline, **api_key_headers()},
         ),
         timeout_s=options.timeout_s,
         connections=options.connections,

@@ -57,7 +57,7 @@ class Target:
     host: str
     port: int
     path: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # a key may be in them
 
     def request(self, body: bytes) -> bytes:
         """Return the whole request, head and body."""

@@ -1,30 +1,38 @@
-"""`python -m service` serves, `... backfill` loads histories, `... profile` measures."""
+"""`python -m service` serves; `... backfill`, `... profile` and `... make-key` are beside it:
+they load histories, measure, and make an API key.
+"""
 
 import argparse
 import asyncio
 import json
 import os
 import sys
+from contextlib import suppress
+from datetime import date
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import uvicorn
 from fastapi import FastAPI
 from redis import Redis
 from tqdm import tqdm
+from uvicorn.supervisors import Multiprocess
 
 from contract.bundle import read_manifest
 from contract.errors import ContractError
 from contract.history_log import HistoryLog
+from service.api_keys import ApiKeysError, Role, described, make_key, read_keys
 from service.app import create_app
 from service.backfill import backfill
 from service.connections import limited_protocol, max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
+from service.listening import bind, refuse_open_doors
 from service.logs import configure
 from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
@@ -39,6 +47,7 @@ from service.settings import (
 from service.titles import read_titles
 
 _BACKFILL_TIMEOUT_S = 30.0
+_STARTUP_FAILURE = 3  # uvicorn's number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,8 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
             return _backfill(arguments[1:])
         if arguments[:1] == ["profile"]:
             return _profile(arguments[1:])
+        if arguments[:1] == ["make-key"]:
+            return _make_key(arguments[1:])
         return _serve(arguments)
-    except (ContractError, ExperimentError, SettingsError, ServiceError) as error:
+    except (ApiKeysError, ContractError, ExperimentError, SettingsError, ServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -67,15 +78,21 @@ def _serve(arguments: list[str]) -> int:
             import_module("service.tracing")
         except ModuleNotFoundError as error:
             raise SettingsError("tracing: otel needs the extra `otel`: mneme[otel]") from error
+    refuse_open_doors(settings)
     _configure_logs(settings)
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
     read_titles(settings.titles)
     max_connections(settings)
+    if settings.api_keys is not None:
+        read_keys(settings.api_keys)
     bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
     opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
     versions = ", ".join(model.manifest.model_version for model in opened.values())
-    print(f"serving {versions} at http://{settings.host}:{settings.port}", flush=True)
+    admin = ""
+    if settings.admin_port is not None:
+        admin = f", metrics and admin at http://{settings.admin_host}:{settings.admin_port}"
+    print(f"serving {versions} at http://{settings.host}:{settings.port}{admin}", flush=True)
     if settings.workers == 1:
 
         def open_model(bundle: Path) -> Model:
@@ -119,11 +136,10 @@ def _open_model(settings: Settings, bundle: Path) -> Model:
 
 
 def _listen(settings: Settings, app: FastAPI | str) -> None:
-    uvicorn.run(
+    sockets = bind(settings)
+    config = uvicorn.Config(
         app,
         factory=isinstance(app, str),
-        host=settings.host,
-        port=settings.port,
         workers=settings.workers,
         loop="uvloop",
         http=limited_protocol(settings),
@@ -133,6 +149,14 @@ def _listen(settings: Settings, app: FastAPI | str) -> None:
         server_header=False,
         proxy_headers=False,
     )
+    with suppress(KeyboardInterrupt):
+        if settings.workers > 1:
+            Multiprocess(config, sockets=sockets).run()
+            return
+        server = uvicorn.Server(config)
+        server.run(sockets=sockets)
+        if not server.started:
+            sys.exit(_STARTUP_FAILURE)
 
 
 def _backfill(arguments: list[str]) -> int:
@@ -204,6 +228,23 @@ def _profile(arguments: list[str]) -> int:
 
     for row in asyncio.run(measure()):
         print(json.dumps(row.as_dict()))
+    return 0
+
+
+def _make_key(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m service make-key",
+        description="Print a new API key, once, and the lines that let the file of keys know it.",
+    )
+    parser.add_argument("name", help="by which metrics and logs call it")
+    parser.add_argument("--roles", nargs="+", choices=get_args(Role), required=True)
+    parser.add_argument("--expires", type=date.fromisoformat, help="its first day without use")
+    parser.add_argument("--requests-per-s", type=float, help="of all workers together")
+    parser.add_argument("--burst", type=int, help="requests that may come at once")
+    options = vars(parser.parse_args(arguments))
+    key = make_key()
+    lines = described(options.pop("name"), key, **options)
+    print(f"{key}\n\n# The key stands nowhere else. To the file of keys add:\n{lines}", end="")
     return 0
 
 

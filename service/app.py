@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contract.records import MAX_ITEM
 from service import api, browse, problems, site
+from service.access import Guard, describe, route_of
 from service.body_limit import BodyLimit
 from service.errors import (
     HeadTooLargeError,
@@ -31,13 +32,7 @@ from service.titles import read_titles
 from service.wiring import ARM, running
 
 _log = logging.getLogger(__name__)
-_ROUTES = frozenset(
-    {
-        *("/", "/score", "/recommend", "/explain", "/events", "/models", "/experiments"),
-        *("/users/sample", "/items/sample", "/healthz", "/readyz", "/metrics"),
-    }
-)
-_HISTORY_ROUTE = "/users/{user_id}/history"
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 
 
 def create_app(
@@ -68,6 +63,8 @@ def create_app(
     app = _App(
         title="Mneme",
         summary="Scores candidate items for a user by that user's last 1,000 behaviors.",
+        docs_url=None,  # `site` has its own
+        redoc_url=None,
         lifespan=lifespan,
         responses=responses(MalformedRequestError, RequestTooSlowError, HeadTooLargeError),
         redirect_slashes=False,  # to wherever the Host header says
@@ -78,9 +75,11 @@ def create_app(
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
+    app.add_middleware(Guard)
     app.add_middleware(_AlwaysAnswer, requests=requests)
     limited = BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes)
-    app.score = _AlwaysAnswer(limited, requests=requests)
+    app.score = _AlwaysAnswer(Guard(limited), requests=requests)
+    app.asks_for_keys = settings.api_keys is not None
     return app
 
 
@@ -88,13 +87,19 @@ class _App(FastAPI):
     """Hands `POST /score` over before any routing, and everything else to FastAPI."""
 
     score: ASGIApp
+    asks_for_keys: bool
 
     def openapi(self) -> dict[str, Any]:
-        """Return the schema, with the largest item id as it is: FastAPI rounds it to a float."""
-        document = super().openapi()
-        for schema in document["components"]["schemas"].values():
-            _restore_largest_id(schema)
-        return document
+        """Return the description of the routes, made once.
+
+        With the largest item id as it is, which FastAPI rounds to a float, and the keys.
+        """
+        if self.openapi_schema is None:
+            document = super().openapi()
+            for schema in document["components"]["schemas"].values():
+                _restore_largest_id(schema)
+            self.openapi_schema = describe(document) if self.asks_for_keys else document
+        return self.openapi_schema
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/score" and scope["method"] == "POST":
@@ -110,14 +115,6 @@ def _restore_largest_id(schema: Any) -> None:
             schema["maximum"] = MAX_ITEM
         for part in schema.values():
             _restore_largest_id(part)
-
-
-def _route(path: str) -> str:
-    """Return what a path counts as: paths come from outside, and labels must be few."""
-    if path in _ROUTES:
-        return path
-    is_history = path.startswith("/users/") and path.endswith("/history")
-    return _HISTORY_ROUTE if is_history else "other"
 
 
 class _JsonBody:
@@ -150,7 +147,7 @@ class _AlwaysAnswer:
             return
 
         began = time.perf_counter()
-        route = _route(scope["path"])
+        route = route_of(scope["path"])
         context = self._requests.begin(scope, route)
         status = 0
 
@@ -165,7 +162,7 @@ class _AlwaysAnswer:
                     arm=arm.name if arm else "",
                     version=arm.metrics.version if arm else "",
                 )
-                message["headers"] = [*message["headers"], *context.headers]
+                message["headers"] = [*message["headers"], *context.headers, _NO_SNIFFING]
             await send(message)
 
         try:

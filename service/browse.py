@@ -6,7 +6,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 from starlette.convertors import Convertor, register_url_convertor
 
@@ -41,7 +41,13 @@ from service.schemas import (
 from service.scorer import ScoreRequest
 from service.wiring import ARM, USABLE_SHARE, Services
 
-router = APIRouter()
+
+def _never_kept(response: Response) -> None:
+    """What a user did is for whoever asked, and for no cache between."""
+    response.headers["Cache-Control"] = "no-store"
+
+
+router = APIRouter(dependencies=[Depends(_never_kept)])
 
 
 class _Text(Convertor[str]):

@@ -13,7 +13,8 @@ class ServiceError(Exception):
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
     problem: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "The service failed"
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
+    challenge: ClassVar[str | None] = None
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -150,6 +151,52 @@ class NotExplainableError(ServiceError):
     status = HTTPStatus.CONFLICT
     problem = "not-explainable"
     title = "The served model gives no explanations"
+
+
+class UnauthenticatedError(ServiceError):
+    """The request carries no key, or one that is not known or has expired."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    problem = "unauthenticated"
+    title = "A valid API key is needed"
+    challenge = 'Bearer realm="mneme"'
+
+
+class ForbiddenError(ServiceError):
+    """The key is known, and its roles do not allow the request."""
+
+    status = HTTPStatus.FORBIDDEN
+    problem = "forbidden"
+    title = "The API key does not allow this"
+    challenge = 'Bearer realm="mneme", error="insufficient_scope"'
+
+
+class RateLimitedError(ServiceError):
+    """The key has been used more often than it may."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    problem = "rate-limited"
+    title = "The API key has no requests left for now"
+
+    def __init__(self, detail: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
+class ForeignPageError(ServiceError):
+    """A browser asks for a page of another origin, where no key says that it may."""
+
+    status = HTTPStatus.FORBIDDEN
+    problem = "foreign-page"
+    title = "Pages of other origins may not ask"
+
+
+class NotHereError(ServiceError):
+    """The route does not exist on the port that was asked."""
+
+    status = HTTPStatus.NOT_FOUND
+    problem = "not-found"
+    title = "Not Found"
 
 
 class ClientLeft(Exception):  # noqa: N818  # no error: nobody is there to be told

@@ -217,6 +217,18 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self.key_requests = Counter(
+            "mneme_key_requests_total",
+            "Requests that a key was asked for, by the key's name and outcome.",
+            ("key", "outcome"),
+            registry=self.registry,
+        )
+        self.api_keys_reloads = Counter(
+            "mneme_api_keys_reloads_total",
+            "Changes of the file of keys, by outcome.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.events = Counter(
             "mneme_events_total",
             "Posted behaviors, by outcome.",
@@ -254,6 +266,12 @@ class Metrics:
             multiprocess_mode="livemostrecent",
             registry=self.registry,
         )
+        self.api_keys_refused = Gauge(
+            "mneme_api_keys_refused",
+            "1 where the file of keys, as it stands, is not applied.",
+            multiprocess_mode="livemostrecent",
+            registry=self.registry,
+        )
         self.build_info = Gauge(
             "mneme_build_info",
             "1 for the program that serves.",
@@ -265,6 +283,8 @@ class Metrics:
         # There before the first of them.
         for outcome in ("applied", "refused"):
             self.experiment_reloads.labels(outcome)
+            self.api_keys_reloads.labels(outcome)
+        self.key_requests.labels("", "unauthenticated")
         for outcome in ("appended", "duplicate", "refused"):
             self.events.labels(outcome)
         for operation in ("fetch", "append"):

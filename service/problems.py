@@ -31,7 +31,11 @@ def problem_response(
     error: ServiceError, errors: Sequence[dict[str, str]] | None = None
 ) -> JSONResponse:
     """Return the answer for an error of the service."""
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.challenge is not None:
+        headers["WWW-Authenticate"] = error.challenge
     return _response(error.status, error.problem, error.title, error.detail, headers, errors)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Scope
 
+from service.access import KEY
 from service.logs import log_event
 from service.scorer import Scored
 from service.settings import Settings
@@ -91,6 +92,8 @@ class RequestLog:
             "status": status,
             "taken_s": round(taken_s, _DIGITS),
         }
+        if key := scope.get(KEY):
+            fields["key"] = key
         if arm := scope.get(ARM):
             fields |= {"arm": arm.name, "version": arm.metrics.version}
         if stages := scope.get(STAGES):

@@ -6,6 +6,7 @@ Every field `name` is the variable `MNEME_NAME` and the flag `--name` (with dash
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from redis.connection import parse_url
 from service.logs import Format, Level
 
 PREFIX = "MNEME_"
+_PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&]password=")
 
 
 class SettingsError(ValueError):
@@ -33,6 +35,7 @@ class Settings(BaseSettings):
         extra="forbid",
         populate_by_name=True,
         allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
 
     bundle: Path | None = Field(
@@ -49,6 +52,7 @@ class Settings(BaseSettings):
         default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("MNEME_REDIS_URL", "redis_url", "REDIS_URL"),
         description="Redis with the histories.",
+        repr=False,  # it may hold a password
     )
     key_prefix: Annotated[str, Field(min_length=1)] = Field(
         default="history", description="Histories stand under <key_prefix>:<user id>."
@@ -161,6 +165,22 @@ class Settings(BaseSettings):
         description="Seconds in which a client must take an answer that does not fit into the "
         "socket's buffers; its connection is cut off then.",
     )
+    api_keys: Path | None = Field(
+        default=None,
+        description="TOML file of API keys, made by `python -m service make-key`; a change of it "
+        "is applied within a second or two.",
+    )
+    anonymous: bool = Field(
+        default=False,
+        description="Listen on an address that others reach without asking for keys: something "
+        "else keeps out whom it must.",
+    )
+    admin_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        default=None,
+        description="Port for /metrics, /experiments and /admin, which then do not exist on the "
+        "other.",
+    )
+    admin_host: str = Field(default="127.0.0.1", description="Address of the admin port.")
 
     @model_validator(mode="after")
     def _serves_something(self) -> "Settings":
@@ -168,15 +188,29 @@ class Settings(BaseSettings):
             raise ValueError("either a bundle or an experiments file must be given, and not both")
         return self
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "Settings":
+        if self.admin_port == self.port:
+            raise ValueError(f"port and admin_port are both {self.port}; they must differ")
+        return self
+
     @field_validator("redis_url")
     @classmethod
     def _is_a_redis_url(cls, url: str) -> str:
-        parse_url(url)  # type: ignore[no-untyped-call]  # redis-py is untyped here
+        try:
+            parse_url(url)  # type: ignore[no-untyped-call]  # redis-py is untyped here
+        except ValueError:  # its words may quote a part of the URL that is a password
+            raise ValueError("a URL like redis://user:password@host:6379/0 is expected") from None
         return url
 
 
 def read_settings(flags: Mapping[str, str]) -> Settings:
     """Return settings from flags and the environment; SettingsError names what is wrong."""
+    if _PASSWORD.search(flags.get("redis_url", "")):
+        raise SettingsError(
+            "redis_url: everybody on the machine can read a flag in the list of processes; give a "
+            "URL with a password by the variable REDIS_URL"
+        )
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
     if unknown:

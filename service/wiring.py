@@ -7,10 +7,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.access import Access
+from service.api_keys import read_keys
 from service.arms import Arms
 from service.experiment import Experiment
 from service.experiment_watch import ExperimentWatch
 from service.history import HistoryStore, connect
+from service.key_watch import KeyWatch
 from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
@@ -43,6 +46,7 @@ class Services:
     metrics: Metrics
     titles: Mapping[int, str]
     watchdog: Watchdog
+    access: Access
 
 
 @asynccontextmanager
@@ -57,7 +61,8 @@ async def running(
     metrics = Metrics()
     if settings.provider == "cuda":
         metrics.before_scrape(_gpu_memory(metrics))
-    writing = asyncio.create_task(_write_now_and_then(metrics))
+    keys = None if settings.api_keys is None else read_keys(settings.api_keys)
+    access = Access(settings, metrics, keys)
     store = history or HistoryStore(
         connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
         prefix=settings.key_prefix,
@@ -67,6 +72,11 @@ async def running(
     watch, watching = None, None
     watchdog = Watchdog(lambda: arms.thread.running_since, wedged_s=settings.wedged_s)
     watchdog.start()
+    writing = asyncio.create_task(_write_now_and_then(metrics))
+    following = None
+    if settings.api_keys is not None:
+        key_watch = KeyWatch(settings.api_keys, apply=access.apply, metrics=metrics)
+        following = asyncio.create_task(key_watch.run())
     try:
         if settings.bundle is not None:
             await arms.apply(Experiment.of_bundle(settings.bundle))
@@ -93,12 +103,14 @@ async def running(
             metrics=metrics,
             titles=titles,
             watchdog=watchdog,
+            access=access,
         )
     finally:
-        if watching is not None:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+        for task in (watching, following):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await arms.close()
         await store.close()
         watchdog.stop()

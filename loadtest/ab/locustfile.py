@@ -23,6 +23,7 @@ from loadtest.ab.journal import Journal, run_began_s
 from loadtest.ab.people import Visit, Visitors
 from loadtest.ab.plan import TIMEOUT_S, Plan
 from loadtest.ab.visits import OK_STATUS, read_run
+from loadtest.api_key import api_key_headers
 from loadtest.world import World
 
 _DONE, _FAILED = "people_done", "people_failed"
@@ -40,7 +41,7 @@ class _Stage:
         self.world = World.load(Path(self.plan.world))
         self.visitors = Visitors(self.world, self.plan.habits)
         self.journal = Journal(folder)
-        self.headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json", **api_key_headers()}
         if self.plan.deadline_ms is not None:
             self.headers["X-Deadline-Ms"] = str(self.plan.deadline_ms)
         self._folder = folder

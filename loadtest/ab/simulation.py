@@ -26,6 +26,7 @@ from loadtest.ab.people import Habits, Visitors
 from loadtest.ab.plan import TIMEOUT_S, Plan
 from loadtest.ab.report import REPORT_HTML, Report, summary, write_report
 from loadtest.ab.visits import Run, write_run, write_visits
+from loadtest.api_key import api_key_headers
 from loadtest.redis_server import free_port
 from loadtest.world import World
 
@@ -61,7 +62,7 @@ def read_arms(url: str) -> dict[str, float]:
     with arms answers.
     """
     try:
-        answer = httpx.get(f"{url}/models", timeout=_MODELS_TIMEOUT_S)
+        answer = httpx.get(f"{url}/models", headers=api_key_headers(), timeout=_MODELS_TIMEOUT_S)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise SimulationError(f"no service answers at {url}: {error}") from error
     try:

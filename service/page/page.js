@@ -13,18 +13,31 @@ const SVG = "http://www.w3.org/2000/svg";
 const IDS = /("item_id":\s*)(\d{16,})/g;
 
 const state = {
-  user: null, models: [], first: null, latencies: [], scored: null, chosen: null, titles: new Map(),
+  user: null, models: [], first: null, latencies: [], scored: null, chosen: null, titles: new Map(), seesMetrics: true,
 };
 const $ = (id) => document.getElementById(id);
 
-class Problem extends Error {}
+class Problem extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+const UNKNOWN = 401;
+const NOT_READY = 503;
+// Without a key that may see it, or where another port shows it.
+const UNSEEN = [401, 403, 404];
+// It is kept here alone, and so forgotten with the page.
+let key = "";
 
 async function ask(path, body) {
   let answer;
   try {
-    answer = await fetch(path, body === undefined ? {} : {
+    const known = key === "" ? {} : { Authorization: `Bearer ${key}` };
+    answer = await fetch(path, body === undefined ? { headers: known } : {
       method: "POST",
-      headers: { "Content-Type": "application/json", "X-Deadline-Ms": DEADLINE_MS },
+      headers: { ...known, "Content-Type": "application/json", "X-Deadline-Ms": DEADLINE_MS },
       body,
     });
   } catch {
@@ -34,7 +47,8 @@ async function ask(path, body) {
   if (!answer.ok) {
     let problem = { title: `The service answered ${answer.status}`, detail: "" };
     try { problem = JSON.parse(text); } catch { /* a proxy's answer, say */ }
-    throw new Problem(`${problem.title}: ${problem.detail}`);
+    if (answer.status === UNKNOWN) askForKey();
+    throw new Problem(`${problem.title}: ${problem.detail}`, answer.status);
   }
   return { text, headers: answer.headers };
 }
@@ -77,6 +91,21 @@ const day = (time) => new Date(1000 * time).toISOString().slice(0, 10);
 const moment = (time) => new Date(1000 * time).toISOString().slice(0, 16).replace("T", " ");
 const ms = (seconds) => (seconds === Infinity ? "> 1 s" : `${(1000 * seconds).toFixed(1)} ms`);
 const arm = () => $("arm").value;
+
+// --- the key ---
+
+function askForKey() {
+  $("key-form").hidden = false;
+  // Links carry no key.
+  for (const link of document.querySelectorAll("[data-guarded]")) link.hidden = true;
+}
+
+async function useKey() {
+  key = $("key").value.trim();
+  state.seesMetrics = true;
+  state.first = null;
+  await begin();
+}
 
 // --- the user ---
 
@@ -360,10 +389,32 @@ function armRow(model, now, first) {
   return row;
 }
 
+async function showState() {
+  const used = key;
+  if (state.seesMetrics) {
+    try {
+      await showMetrics();
+      return;
+    } catch (error) {
+      if (!UNSEEN.includes(error.status)) throw error;
+      if (used === key) state.seesMetrics = false; // until there is another key
+    }
+  }
+  $("all-requests").hidden = true;
+  try {
+    await ask("/readyz");
+    tellState("The service answers.", true);
+  } catch (error) {
+    if (error.status !== NOT_READY) throw error;
+    tellState("The service is not ready.", false);
+  }
+}
+
 async function showMetrics() {
   const found = samples((await ask("/metrics")).text);
+  $("all-requests").hidden = false;
   const isUp = found.some((one) => one.name === "mneme_redis_up" && one.value === 1);
-  showState(isUp ? "The service answers, and Redis does." : "Redis is away: histories cannot be read.", isUp);
+  tellState(isUp ? "The service answers, and Redis does." : "Redis is away: histories cannot be read.", isUp);
   const now = new Map(state.models.map((model) => [model.arm, figuresOf(found, model.arm)]));
   state.first ??= now;
   $("arms").replaceChildren(
@@ -371,7 +422,7 @@ async function showMetrics() {
   );
 }
 
-function showState(text, isGood) {
+function tellState(text, isGood) {
   const place = $("redis");
   place.className = `state ${isGood ? "good" : "bad"}`;
   // Said once, and not at every look.
@@ -391,12 +442,17 @@ async function showModels() {
 
 async function poll() {
   try {
-    if (!document.hidden) await showMetrics();
+    if (!document.hidden) await showState();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    showState(error.message, false);
+    tellState(error.message, false);
   }
   setTimeout(poll, POLL_MS);
+}
+
+async function begin() {
+  await showModels();
+  await showSomeUsers();
 }
 
 let ticking;
@@ -425,6 +481,6 @@ $("candidates-form").addEventListener("submit", told(async () => {
 $("sample").addEventListener("click", told(draw));
 $("arm").addEventListener("change", told(async () => forgetWhy("Score candidates, then choose one of them.")));
 $("again").addEventListener("change", scoreAgain);
-await told(showModels)();
+$("key-form").addEventListener("submit", told(useKey));
+await told(begin)();
 poll();
-await told(showSomeUsers)();

@@ -108,6 +108,15 @@ def test_ports_are_published_on_this_machine_alone(name):
     assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", []))
 
 
+@each_service
+def test_a_service_without_keys_says_so(name):
+    """It listens on all addresses of its container, and would refuse to start otherwise."""
+    service = SERVICES[name]
+    if service.get("build", {}).get("target", "").startswith("service-"):
+        assert service["environment"]["MNEME_ANONYMOUS"] == "true"
+        assert "MNEME_API_KEYS" not in service["environment"]
+
+
 def test_every_image_is_pinned_to_a_release():
     bases = {base for base, _ in STAGES.values() if base not in STAGES}
     images = {service["image"] for service in SERVICES.values() if "image" in service}

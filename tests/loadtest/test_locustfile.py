@@ -30,6 +30,7 @@ def test_locust_sends_the_same_traffic_without_its_web_ui(tmp_path):
             ),
             capture_output=True,
             text=True,
+            env={**os.environ, "LOADTEST_API_KEY": "a-key"},
         )
     assert done.returncode == 0, done.stderr
     assert len(server.received) >= 2
@@ -37,6 +38,7 @@ def test_locust_sends_the_same_traffic_without_its_web_ui(tmp_path):
         assert received.path == "/score"
         assert received.headers["x-deadline-ms"] == "700"
         assert received.headers["content-type"] == "application/json"
+        assert received.headers["authorization"] == "Bearer a-key"
         assert 3 <= len(received.body["candidates"]) <= 4
         assert len(received.body["history"]) == 2
         assert received.body["user_id"] in {f"u{number}" for number in range(5)}

@@ -118,13 +118,19 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def live_service(
-    app: FastAPI, model: Any, settings: Settings | None = None
+    app: FastAPI,
+    model: Any,
+    settings: Settings | None = None,
+    sockets: list[socket.socket] | None = None,
 ) -> Iterator[LiveService]:
-    """Serve `app` from a thread until the block ends; `settings` are those of the connections."""
+    """Serve `app` from a thread until the block ends, on a free port or on bound sockets.
+
+    `settings`: those of the connections.
+    """
     http = limited_protocol(settings or Settings(bundle=Path("unused")))
     config = uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", lifespan="on")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive(), "the server has started")

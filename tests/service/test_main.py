@@ -1,5 +1,6 @@
 """`python -m service` as people run it: one clear line for their errors, nothing left behind."""
 
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -23,6 +25,7 @@ from contract.golden import GoldenRows
 from contract.records import decode_records
 from loadtest.redis_server import free_port
 from service.__main__ import main
+from service.api_keys import read_keys
 from service.experiment import read_experiment
 from tests.service.histories import NOW, records, steps, write_log
 from tests.service.live_service import PATIENCE_S, wait_until
@@ -186,6 +189,16 @@ class TestServe:
                 id="no titles",
             ),
             pytest.param(["--bundle", "x", "--port", "-1"], "port: Input should be", id="port"),
+            pytest.param(
+                ["--bundle", "x", "--host", "0.0.0.0"],
+                "host: without api_keys, '0.0.0.0' would let everybody in",
+                id="an open door",
+            ),
+            pytest.param(
+                ["--bundle", "x", "--api-keys", "nowhere.toml"],
+                "nowhere.toml: cannot be read: No such file",
+                id="no keys",
+            ),
             pytest.param(["--bundle", "x", "--provider", "tpu"], "provider: Input", id="provider"),
         ],
     )
@@ -549,3 +562,68 @@ class TestBackfill:
         """The log's bytes are what the service reads."""
         backfill({"ann": [(int(ITEM_IDS[0]), NOW)]})
         assert serve().score("ann", [1]).json()["history_length"] == 1
+
+
+class TestKeys:
+    def make(self, capsys, *arguments: str) -> tuple[str, str]:
+        """Return the key and the lines that the command prints."""
+        assert main(["make-key", *arguments]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        key, lines = printed.out.split("\n", 1)
+        return key, lines
+
+    def test_a_key_is_printed_once_with_the_lines_that_let_it_in(self, capsys, tmp_path):
+        limits = ("--expires", "2027-05-01", "--requests-per-s", "20", "--burst", "7")
+        key, lines = self.make(capsys, "shop", "--roles", "score", "events", *limits)
+        assert key.startswith("mneme_")
+        assert key not in lines
+        path = tmp_path / "keys.toml"
+        path.write_text(lines)
+        read = read_keys(path).keys["shop"]
+        assert read.sha256 == hashlib.sha256(key.encode()).hexdigest()
+        assert read.roles == {"score", "events"}
+        assert (read.expires, read.requests_per_s, read.burst) == (
+            datetime(2027, 5, 1, tzinfo=UTC),
+            20.0,
+            7,
+        )
+
+    def test_a_name_that_cannot_be_is_one_line(self, capsys):
+        assert main(["make-key", "The Shop", "--roles", "score"]) == 2
+        assert "a key's name: " in one_line(capsys.readouterr().err)
+
+    def test_a_role_that_does_not_exist_is_refused(self, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            main(["make-key", "shop", "--roles", "root"])
+        assert "invalid choice: 'root'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_workers_ask_for_keys_on_both_ports(
+        self, capsys, good_bundle, redis_url, tmp_path, workers
+    ):
+        key, lines = self.make(capsys, "all", "--roles", "score", "metrics")
+        (tmp_path / "keys.toml").write_text(lines)
+        port, admin = free_port(), free_port()
+        url, admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"
+        flags = ["--bundle", good_bundle, "--redis-url", redis_url, "--redis-timeout-s", "5"]
+        flags += ["--port", str(port), "--admin-port", str(admin), "--workers", str(workers)]
+        flags += ["--api-keys", tmp_path / "keys.toml", "--host", "0.0.0.0"]
+        with running_service(*flags) as process:
+            wait_until(lambda: is_ready(url, process), "the service is ready")
+
+            def status(address: str, path: str, **headers: str) -> int:
+                return httpx.get(f"{address}{path}", headers=headers, trust_env=False).status_code
+
+            with_key = {"Authorization": f"Bearer {key}"}
+            for _ in range(4):  # whichever worker answers
+                assert status(url, "/models") == 401
+                assert status(url, "/models", **with_key) == 200
+                assert status(url, "/metrics", **with_key) == 404
+                assert status(admin_url, "/metrics") == 401
+                assert status(admin_url, "/metrics", **with_key) == 200
+                assert status(admin_url, "/models", **with_key) == 404
+                assert status(admin_url, "/readyz") == 200
+            process.send_signal(signal.SIGTERM)
+            stdout, _ = process.communicate(timeout=PATIENCE_S)
+        assert stdout.endswith(f", metrics and admin at {admin_url}\n")

@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from service.api_keys import Role, described, make_key
 from tests.service.dummy_model import score_of
 from tests.service.histories import DAY_S, NOW, records
 from tests.service.live_service import PATIENCE_S, LiveService
@@ -203,6 +204,13 @@ def test_what_cannot_be_scored_is_told_and_forgotten(looking, visit, candidates,
     expect(page.locator("#scores li")).to_have_count(1)
 
 
+def test_the_routes_are_described_without_another_host(looking, visit):
+    page = visit(looking)
+    page.get_by_role("link", name="Routes").click()
+    expect(page.get_by_text("Score candidates for a user")).to_be_visible()
+    expect(page.get_by_text("/users/{user_id}/history")).to_be_visible()
+
+
 def test_a_bundle_without_an_explain_graph_says_so(serve, visit):
     page = visit(serve())
     show(page)
@@ -224,6 +232,70 @@ def test_redis_away_is_told(serve, visit, stoppable_redis):
     show(page)
     expect(page.get_by_text("ann is unknown")).to_be_visible()
     expect(page.get_by_role("alert")).to_have_count(0)
+
+
+class TestKeys:
+    """Where the service asks for keys; the browser's console names each refusal by itself."""
+
+    @pytest.fixture
+    def keys(self) -> dict[str, str]:
+        return {"all": make_key(), "score": make_key()}
+
+    @pytest.fixture
+    def guarded(self, serve, keys, tmp_path, redis) -> LiveService:
+        redis.set("history:ann", records((5, NOW - DAY_S)))
+        file = tmp_path / "keys.toml"
+        roles = {"all": get_args(Role), "score": ["score"]}
+        file.write_text("".join(described(name, keys[name], roles=roles[name]) for name in keys))
+        service: LiveService = serve(explains=True, api_keys=file)
+        return service
+
+    def use(self, page: Page, key: str) -> None:
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Use this key").click()
+
+    def test_it_asks_for_one_and_then_does_everything(self, guarded, visit, keys):
+        page = visit(guarded, expected="401")
+        expect(page.get_by_role("alert")).to_contain_text("A valid API key is needed")
+        expect(page.get_by_text("The service answers.", exact=True)).to_be_visible()
+        expect(page.get_by_role("link", name="Metrics")).to_have_count(0)
+        self.use(page, keys["all"])
+        expect(page.get_by_role("alert")).to_have_count(0)
+        expect(page.get_by_text("The service answers, and Redis does.")).to_be_visible()
+        page.get_by_role("group", name="Some users").get_by_role("button", name="ann").click()
+        expect(page.get_by_text("ann: the newest 1 behaviors")).to_be_visible()
+        score(page, "1, 3")
+        page.locator("#scores button").first.click()
+        expect(page.locator("#why rect")).to_have_count(3)
+        expect(page.get_by_role("row", name=re.compile("^main dummy 100 % 1 "))).to_be_visible()
+
+    def test_the_key_is_kept_nowhere(self, guarded, visit, keys):
+        page = visit(guarded, expected="401")
+        self.use(page, keys["all"])
+        expect(page.get_by_text("The service answers, and Redis does.")).to_be_visible()
+        kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
+        assert page.evaluate(kept) == '[{},{},""]'
+        assert keys["all"] not in page.url
+        page.reload()
+        expect(page.get_by_role("alert")).to_contain_text("A valid API key is needed")
+        expect(page.get_by_label("API key")).to_have_value("")
+
+    def test_what_a_key_may_not_is_told_and_the_rest_goes_on(self, guarded, visit, keys):
+        page = visit(guarded, expected="40")
+        self.use(page, "mneme_wrong")
+        expect(page.get_by_role("alert")).to_contain_text("this API key is not known")
+        self.use(page, keys["score"])
+        expect(page.get_by_role("alert")).to_contain_text("this asks for the role read")
+        expect(page.get_by_role("region", name="All requests")).to_have_count(0)
+        page.get_by_role("button", name="Draw ten items").click()
+        expect(page.get_by_label("Item ids")).to_have_value(re.compile(r"^(\d+, ){9}\d+$"))
+        expect(page.get_by_role("alert")).to_have_count(0)
+
+    def test_nothing_is_asked_for_where_no_keys_are(self, looking, visit):
+        page = visit(looking)
+        expect(page.get_by_text("The service answers, and Redis does.")).to_be_visible()
+        expect(page.get_by_label("API key")).to_be_hidden()
+        expect(page.get_by_role("link", name="Metrics", exact=True)).to_be_visible()
 
 
 def test_every_control_has_a_name(looking, visit):

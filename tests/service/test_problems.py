@@ -27,6 +27,11 @@ PROBLEMS = [
     (errors.TooManyConnectionsError, 503, "too-many-connections", "1"),
     (errors.NotRecommendableError, 409, "not-recommendable", None),
     (errors.NotExplainableError, 409, "not-explainable", None),
+    (errors.UnauthenticatedError, 401, "unauthenticated", None),
+    (errors.ForbiddenError, 403, "forbidden", None),
+    (errors.RateLimitedError, 429, "rate-limited", "1"),
+    (errors.ForeignPageError, 403, "foreign-page", None),
+    (errors.NotHereError, 404, "not-found", None),
     (ServiceError, 500, "internal-error", None),
 ]
 
@@ -45,6 +50,24 @@ def test_each_error_has_its_status_and_type(error, status, kind, retry_after):
         "status": status,
         "detail": "the reason",
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "challenge"),
+    [
+        (errors.UnauthenticatedError, 'Bearer realm="mneme"'),
+        (errors.ForbiddenError, 'Bearer realm="mneme", error="insufficient_scope"'),
+        (errors.InvalidRequestError, None),
+    ],
+    ids=["no key", "no role", "another error"],
+)
+def test_who_lacks_a_key_is_told_what_kind_is_asked_for(error, challenge):
+    assert problem_response(error("the reason")).headers.get("WWW-Authenticate") == challenge
+
+
+def test_a_rate_limit_says_when_to_come_again():
+    answer = problem_response(errors.RateLimitedError("the reason", retry_after_s=7))
+    assert answer.headers["Retry-After"] == "7"
 
 
 def test_the_table_above_holds_all_errors():

@@ -1,6 +1,7 @@
 """Settings from environment and flags."""
 
 import argparse
+import traceback
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,10 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
                 wedged_s=7.5,
                 max_connections=12,
                 answer_taken_s=2.5,
+                api_keys=Path("/a folder/of keys.toml"),
+                anonymous=True,
+                admin_port=2,
+                admin_host="::1",
             ),
             id="none of the defaults",
         ),
@@ -217,6 +222,9 @@ def test_the_settings_above_are_none_of_the_defaults():
         pytest.param({"request_read_s": "0"}, "request_read_s: .* greater", id="no time to read"),
         pytest.param({"keep_alive_s": "inf"}, "keep_alive_s: .* finite", id="for ever"),
         pytest.param({"redis_timeout_s": "inf"}, "redis_timeout_s: .* finite", id="no timeout"),
+        pytest.param({"admin_port": "0"}, "admin_port: .* greater", id="any admin port"),
+        pytest.param({"admin_port": "8000"}, "settings: port and admin_port are", id="one port"),
+        pytest.param({"anonymous": "perhaps"}, "anonymous: Input should be a valid", id="perhaps"),
         pytest.param({"redis_url": "nonsense"}, "redis_url: ", id="no URL"),
         pytest.param({"redis_url": "http://redis"}, "redis_url: ", id="another scheme"),
         pytest.param({"redis_url": "redis://host:port"}, "redis_url: ", id="no port"),
@@ -225,6 +233,41 @@ def test_the_settings_above_are_none_of_the_defaults():
 def test_a_value_that_is_not_allowed_is_refused_with_its_name(flags, message):
     with pytest.raises(SettingsError, match=f"^{message}"):
         read_settings({"bundle": "b", **flags})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:a-secret@redis:6379/0",
+        "rediss://user:a-secret@redis",
+        "redis://redis:6379/0?password=a-secret",
+    ],
+)
+def test_a_password_in_a_flag_is_refused_and_not_repeated(url):
+    """Every user of the machine sees the flags of a process."""
+    with pytest.raises(SettingsError, match=r"^redis_url: .* by the variable REDIS_URL$") as caught:
+        read_settings({"bundle": "b", "redis_url": url})
+    assert "a-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://user:a-secret#x@redis", "redis://:a-secret@redis:port", "http://u:a-secret@redis"],
+    ids=["a number sign in it", "no port", "another scheme"],
+)
+def test_an_error_in_a_url_with_a_password_does_not_repeat_it(environment, url):
+    """For one, the password's beginning is a port, and urllib says which, where # ends the host."""
+    environment(REDIS_URL=url)
+    with pytest.raises(SettingsError, match=r"^\w+: a URL like redis://") as caught:
+        read_settings({"bundle": "b"})
+    assert "a-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_redis_url_is_not_shown_with_the_settings(environment):
+    environment(REDIS_URL="redis://user:a-secret@redis")
+    settings = read_settings({"bundle": "b"})
+    assert settings.redis_url == "redis://user:a-secret@redis"
+    assert "a-secret" not in f"{settings!r} {settings}"
 
 
 def test_all_that_is_wrong_is_said_at_once():

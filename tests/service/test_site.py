@@ -19,7 +19,9 @@ def test_the_page_is_answered(service):
     assert "<h1>Mneme</h1>" in answer.text
 
 
-@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in FILES)])
+@pytest.mark.parametrize(
+    "path", ["/", *(f"/page/{name}" for name in FILES), "/page/docs/swagger-ui-bundle.js"]
+)
 def test_nothing_may_come_from_or_go_to_another_host(service, path):
     headers = service.client.get(path).headers
     policy = dict(
@@ -28,6 +30,22 @@ def test_nothing_may_come_from_or_go_to_another_host(service, path):
     assert policy["default-src"] == "'none'"
     assert set(policy.values()) == {"'none'", "'self'"}
     assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_description_of_the_routes_runs_no_script_but_its_own(service):
+    answer = service.client.get("/docs")
+    policy = dict(
+        directive.split(" ", 1)
+        for directive in answer.headers["Content-Security-Policy"].split("; ")
+    )
+    script, digest = policy["script-src"].split(" ")
+    assert script == "'self'"
+    assert re.fullmatch(r"'sha256-[\w+/]{43}='", digest)
+    assert policy["connect-src"] == "'self'"
+    named = re.findall(r'(?:href|src)="([^"]*)"', answer.text)
+    assert "/page/docs/swagger-ui-bundle.js" in named
+    for path in named:
+        assert service.client.get(path).status_code == 200, path
 
 
 @pytest.mark.parametrize("name", FILES)
