@@ -10,9 +10,10 @@ from pathlib import Path
 from service.arms import Arms
 from service.experiment import Experiment
 from service.experiment_watch import ExperimentWatch
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.metrics import Metrics
 from service.model import Model
+from service.redis_nodes import connect
 from service.settings import Settings
 
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
@@ -52,9 +53,15 @@ async def running(
     """Yield everything wired and started; stop and close it afterwards."""
     metrics = Metrics()
     store = history or HistoryStore(
-        connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
+        connect(
+            settings.redis_url,
+            timeout_s=settings.redis_timeout_s,
+            password_file=settings.redis_password_file,
+            metrics=metrics,
+        ),
         prefix=settings.key_prefix,
         keep=1,  # the arms say how many
+        idempotency_life_s=settings.idempotency_life_s,
     )
     arms = Arms(settings, open_model, store, metrics)
     watch, watching = None, None

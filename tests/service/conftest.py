@@ -13,7 +13,8 @@ from redis import Redis
 from contract.bundle import ScoreKind
 from loadtest.redis_server import free_port, redis_server
 from service.app import create_app
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
+from service.redis_nodes import connect
 from service.settings import Settings
 from tests.service.dummy_model import HISTORY_LENGTH, QUICK, DummyModel
 from tests.service.live_service import PATIENCE_S, LiveService, live_service

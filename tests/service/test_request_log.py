@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.metrics import STAGES
+from service.redis_nodes import connect
 from service.request_log import Allowance, stages_of
 from service.scorer import Scored
 from tests.service.live_service import PATIENCE_S
@@ -30,8 +31,8 @@ def logged():
 class BrokenStore(HistoryStore):
     """Has a bug whose message names a user."""
 
-    async def fetch(self, user_ids, length):
-        del length
+    async def fetch(self, user_ids, length, *, timeout_s=0.0):
+        del length, timeout_s
         raise KeyError(user_ids[0])
 
 

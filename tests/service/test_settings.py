@@ -161,6 +161,8 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
                 slow_request_s=1 / 7,
                 slow_log_per_s=0.0,
                 tracing="otel",
+                redis_password_file=Path("/a folder/with a password"),
+                idempotency_life_s=1 / 9,
             ),
             id="none of the defaults",
         ),
