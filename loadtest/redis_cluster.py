@@ -1,4 +1,4 @@
-"""A Redis Cluster on loopback, made by hand as its documentation says, and its slots moved."""
+"""Redis Cluster and Redis Sentinel on loopback, made by hand as their documentation says."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +107,38 @@ def redis_cluster(
             _repeat(cluster, n_primaries + number, "CLUSTER REPLICATE", primary)
         cluster.wait()
         yield cluster
+
+
+@contextmanager
+def redis_sentinels(name: str) -> Iterator[tuple[RedisProcess, str]]:
+    """Run a primary that a replica follows and three sentinels watch; yield it, and their URL.
+
+    The replica takes its place when it has not answered for half a second.
+    """
+    with ExitStack() as stack:
+        primary = stack.enter_context(redis_process())
+        stack.enter_context(redis_process(None, "--replicaof", "127.0.0.1", str(primary.port)))
+        config = (
+            f"sentinel monitor {name} 127.0.0.1 {primary.port} 2\n"
+            f"sentinel down-after-milliseconds {name} 500\n"
+            f"sentinel failover-timeout {name} 3000\n"
+        )
+        watching = [
+            stack.enter_context(redis_process(None, "--sentinel", config=config)) for _ in range(3)
+        ]
+        deadline = time.monotonic() + _PATIENCE_S
+        while not all(_knows_the_others(one.port, name) for one in watching):
+            if time.monotonic() > deadline:
+                raise RedisServerError(f"the sentinels did not meet within {_PATIENCE_S:.0f} s")
+            time.sleep(0.05)
+        hosts = ",".join(f"127.0.0.1:{one.port}" for one in watching)
+        yield primary, f"redis+sentinel://{hosts}/{name}/0"
+
+
+def _knows_the_others(port: int, name: str) -> bool:
+    with Redis(port=port) as client:
+        state = client.sentinel_masters()[name]
+    return bool(state["num-slaves"] == 1 and state["num-other-sentinels"] == 2)
 
 
 def _repeat(cluster: LocalCluster, node: int, *words: Any) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _START_TIMEOUT_S = 10.0
+_CONFIG = "redis.conf"
 
 
 class RedisServerError(RuntimeError):
@@ -41,12 +42,16 @@ def redis_server(port: int | None = None) -> Iterator[str]:
 
 
 @contextmanager
-def redis_process(port: int | None = None, *arguments: str) -> Iterator["RedisProcess"]:
+def redis_process(
+    port: int | None = None, *arguments: str, config: str = ""
+) -> Iterator["RedisProcess"]:
     """Run a Redis on loopback with further arguments, and yield it; end it with the block.
 
-    It stores in memory only, unless the arguments say otherwise.
+    It stores in memory only, unless the arguments say otherwise. `config`: lines of its file, which
+    come before all arguments.
     """
     with tempfile.TemporaryDirectory(prefix="mneme-redis-") as folder:
+        Path(folder, _CONFIG).write_text(config)
         process = RedisProcess(free_port() if port is None else port, Path(folder), *arguments)
         process.start()
         try:
@@ -56,7 +61,10 @@ def redis_process(port: int | None = None, *arguments: str) -> Iterator["RedisPr
 
 
 class RedisProcess:
-    """A redis-server on a port of loopback, with its files in `folder`; it can be started again."""
+    """A redis-server on a port of loopback, with its files in `folder`, `redis.conf` among them.
+
+    It can be started again.
+    """
 
     def __init__(self, port: int, folder: Path, *arguments: str) -> None:
         self.port = port
@@ -69,7 +77,7 @@ class RedisProcess:
         """Start it, and return when it answers; raises RedisServerError when it does not."""
         self._process = subprocess.Popen(
             [
-                find_redis_server(),
+                *(find_redis_server(), self._folder / _CONFIG),
                 *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
                 *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
                 *self._arguments,

@@ -184,7 +184,7 @@ class HistoryStore:
                 raise replies
             (key,) = replies
             if isinstance(key, ResponseError):
-                raise HistoryUnavailableError(f"Redis refused to read: {key}")
+                raise HistoryUnavailableError(_refusal("read", key))
             # Redis may hold other things, or nothing.
             if key is not None and key.startswith(prefix):
                 users.add(key[len(prefix) :].decode(errors="replace"))
@@ -226,7 +226,7 @@ class HistoryStore:
             elif isinstance(reply, list):
                 outcome[user_id] = Appended(count=reply[0], earlier=bool(reply[1]))
             else:
-                failed = HistoryUnavailableError(f"Redis refused to write: {reply}")
+                failed = HistoryUnavailableError(_refusal("write", reply))
         if failed is not None:
             raise failed
         return outcome
@@ -248,7 +248,7 @@ class HistoryStore:
         if isinstance(reply, HistoryUnavailableError):
             raise reply
         if not isinstance(reply, int):
-            raise HistoryUnavailableError(f"Redis refused to write: {reply}")
+            raise HistoryUnavailableError(_refusal("write", reply))
         if not reply:
             raise IdempotencyKeyReusedError(
                 "Idempotency-Key: it came with another body before; a repetition must be the same, "
@@ -297,7 +297,7 @@ def _checked(
     if _is_wrong_type(raw):
         return _corrupt(user_id, "the key holds something other than a string")
     if not isinstance(raw, bytes) or not isinstance(length_bytes, int):
-        return HistoryUnavailableError(f"Redis refused to read: {raw}")
+        return HistoryUnavailableError(_refusal("read", raw))
     try:
         check_length(length_bytes)
         # Both commands run one after the other: a value may have appeared between them.
@@ -305,6 +305,10 @@ def _checked(
     except RecordError as error:
         return _corrupt(user_id, str(error))
     return raw
+
+
+def _refusal(what: str, reply: Any) -> str:
+    return f"Redis refused to {what}: {type(reply).__name__}: {reply}"
 
 
 def _is_wrong_type(reply: Any) -> bool:
