@@ -84,7 +84,7 @@ def redis_cluster(
         nodes = [
             stack.enter_context(
                 redis_process(
-                    _port_with_bus(),
+                    port_with_bus(),
                     *("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),
                     *arguments,
                 )
@@ -155,7 +155,8 @@ def _repeat(cluster: LocalCluster, node: int, *words: Any) -> None:
             return
 
 
-def _port_with_bus() -> int:
+def port_with_bus() -> int:
+    """Return a free port whose neighbour for the talk among nodes exists, too."""
     while (port := free_port()) + _BUS > 65_535:
         pass
     return port

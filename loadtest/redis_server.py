@@ -47,12 +47,12 @@ def redis_process(
 ) -> Iterator["RedisProcess"]:
     """Run a Redis on loopback with further arguments, and yield it; end it with the block.
 
-    It stores in memory only, unless the arguments say otherwise. `config`: lines of its file, which
-    come before all arguments.
+    It stores in memory only, unless they say otherwise. `config`: lines of its file.
     """
     with tempfile.TemporaryDirectory(prefix="mneme-redis-") as folder:
-        Path(folder, _CONFIG).write_text(config)
-        process = RedisProcess(free_port() if port is None else port, Path(folder), *arguments)
+        process = RedisProcess(
+            free_port() if port is None else port, Path(folder), *arguments, config=config
+        )
         process.start()
         try:
             yield process
@@ -61,15 +61,16 @@ def redis_process(
 
 
 class RedisProcess:
-    """A redis-server on a port of loopback, with its files in `folder`, `redis.conf` among them.
+    """A redis-server on a port of loopback, with its files in `folder`; it can be started again.
 
-    It can be started again.
+    `arguments`: further ones, which win over `config`, lines of its file.
     """
 
-    def __init__(self, port: int, folder: Path, *arguments: str) -> None:
+    def __init__(self, port: int, folder: Path, *arguments: str, config: str = "") -> None:
         self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
         self._folder = folder
+        (folder / _CONFIG).write_text(config)
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -4,10 +4,11 @@ The slot of a key is that of its hash tag: what stands between its first `{` and
 that is anything, and else the whole key.
 """
 
+from binascii import crc_hqx
 from functools import cache
 from itertools import count
 
-from redis.crc import key_slot
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 
 def beside(key: bytes, *, prefix: str, suffix: str) -> bytes:
@@ -26,4 +27,5 @@ def _tag(key: bytes) -> bytes:
 
 @cache  # there are 16,384 slots
 def _tag_of_slot(slot: int) -> bytes:
-    return next(tag for n in count() if key_slot(tag := b"%d" % n) == slot)
+    tags = (b"%d" % n for n in count())
+    return next(tag for tag in tags if crc_hqx(tag, 0) % REDIS_CLUSTER_HASH_SLOTS == slot)

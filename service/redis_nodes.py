@@ -124,13 +124,13 @@ class _Lane:
         Raises what redis-py raises, or OSError; the connection is closed then.
         """
         async with Patience(until):
-            connection = await self._connection()
+            connection = await self._connection(until)
             try:
                 await connection.send_packed_command(commands, check_health=False)
                 replies = await _replies(connection, n_replies)
-                if isinstance(replies[0], ReadOnlyError):
+                if _is_read_only(replies[0]):
                     # It was the primary when this connection was made.
-                    raise replies[0]
+                    raise ReadOnlyError
             except BaseException:
                 # What it has not answered yet must not be taken for the next answer.
                 await connection.disconnect(nowait=True)
@@ -153,7 +153,7 @@ class _Lane:
         self._state.set(BreakerState.CLOSED)
         await self._pool.aclose()
 
-    async def _connection(self) -> AbstractConnection:
+    async def _connection(self, until: float) -> AbstractConnection:
         connection: AbstractConnection = self._pool.get_available_connection()  # type: ignore[no-untyped-call]
         if connection.is_connected:
             with suppress(RedisError, OSError):
@@ -163,14 +163,21 @@ class _Lane:
             await connection.disconnect(nowait=True)
         # It goes on when the caller's time is up, which may be too short for it: the next caller
         # finds it done.
+        loop = asyncio.get_running_loop()
+        half = (loop.time() + until) / 2
         task = asyncio.create_task(self._connect(connection))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         try:
-            return await asyncio.shield(task)
+            connection = await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(self._keep)
             raise
+        if loop.time() > half:
+            # What is left may be too short for an answer, and then the connection would be lost.
+            await self._pool.release(connection)
+            raise TimeoutError
+        return connection
 
     async def _connect(self, connection: AbstractConnection) -> AbstractConnection:
         try:
@@ -568,6 +575,13 @@ async def _replies(connection: AbstractConnection, n: int) -> list[Any]:
             reply = error
         replies.append(reply)
     return replies
+
+
+def _is_read_only(reply: Any) -> bool:
+    # A function of Lua has the code somewhere in its message.
+    return isinstance(reply, ReadOnlyError) or (
+        isinstance(reply, ResponseError) and "-READONLY" in str(reply)
+    )
 
 
 async def _close_client(client: RedisCluster) -> None:
