@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from contract.buckets import elapsed_units, time_buckets
 from contract.catalogue import Catalogue
 from contract.features import FeatureSpec
-from contract.records import MIN_ITEM, PADDING_ITEM, RECORD_BYTES, stack_records
+from contract.records import MIN_ITEM, PADDING_ITEM, RECORD_BYTES, in_time_order, stack_records
 
 _BLOCK_BEHAVIORS = 8192
 
@@ -78,11 +78,12 @@ def encode(
     spec: FeatureSpec,
     length: int | None = None,
 ) -> tuple[ModelInputs, NDArray[np.bool_]]:
-    """Encode B raw histories (whole records, oldest first) and their candidates.
+    """Encode B raw histories (whole records, as they are stored) and their candidates.
 
-    `length`: columns of the history, `spec.history_length` unless said; the newest behaviors
-    are kept. Returns the inputs and `corrupt_B`: whether a row holds an item id below 1, which
-    no writer of histories produces; the scores of such a row mean nothing.
+    `length`: columns of the history, `spec.history_length` unless said; the behaviors that were
+    stored last are kept, and encoded by time. Returns the inputs and `corrupt_B`: whether a row
+    holds an item id below 1, which no writer of histories produces; the scores of such a row mean
+    nothing.
     """
     length = spec.history_length if length is None else length
     n_rows = len(histories)
@@ -118,7 +119,7 @@ def _encode_histories(
 ) -> None:
     rows_BL, buckets_BLG, corrupt_B = out
     length = rows_BL.shape[1]
-    records_BL = stack_records(histories, length)
+    records_BL = in_time_order(stack_records(histories, length))
     items_BL = np.ascontiguousarray(records_BL["item"])
     n_valid_B = np.array([len(raw) // RECORD_BYTES for raw in histories], dtype=np.int64)
     valid_BL = np.arange(length) >= length - n_valid_B[:, None]

@@ -1,7 +1,9 @@
 """The behavior record: 12 bytes, little-endian, `item: int64, time: uint32` (unix seconds).
 
-A history is the concatenation of its records, oldest first; that is the Redis value itself, so
-reading the newest L behaviors is one `GETRANGE key -12*L -1` and appending one is one `APPEND`.
+A history is the concatenation of its records, oldest first, but for those that were reported late:
+they were appended when they came, and `in_time_order` puts them where they belong. That is the
+Redis value itself, so reading the newest L behaviors is one `GETRANGE key -12*L -1` and appending
+one is one `APPEND`.
 """
 
 from collections.abc import Sequence
@@ -78,6 +80,28 @@ def check_user_id(user_id: str) -> bytes:
             f"a user id must have 1 .. {MAX_USER_ID_BYTES} bytes of UTF-8, got {len(encoded)}"
         )
     return encoded
+
+
+def in_time_order(records_BN: NDArray[np.void]) -> NDArray[np.void]:
+    """Return the records [B, N] with each row by time; of one second, those stored first come
+    first, padding before all.
+
+    A behavior that is reported late is appended last. Rows that are in order, as most are, cost a
+    look.
+    """
+    times_BN = records_BN["time"]
+    late_B = (times_BN[:, 1:] < times_BN[:, :-1]).any(axis=1)
+    if not late_B.any():
+        return records_BN
+    ordered_BN = records_BN.copy()
+    for b in np.flatnonzero(late_B):
+        ordered_BN[b] = records_BN[b, np.argsort(times_BN[b], kind="stable")]
+    return ordered_BN
+
+
+def history_in_time_order(raw: bytes) -> bytes:
+    """Return a history with its records by time. Its length must be a whole number of records."""
+    return in_time_order(np.frombuffer(raw, dtype=RECORD)[None]).tobytes()
 
 
 def stack_records(histories: Sequence[bytes], length: int) -> NDArray[np.void]:

@@ -18,7 +18,6 @@ from typing import get_args
 
 import uvicorn
 from fastapi import FastAPI
-from redis import Redis
 from tqdm import tqdm
 from uvicorn.supervisors import Multiprocess
 
@@ -31,12 +30,14 @@ from service.backfill import backfill
 from service.connections import limited_protocol, max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.listening import bind, refuse_open_doors
 from service.logs import configure
 from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
 from service.profile import ShapeProfile, profile, shapes_of
+from service.redis_nodes import connect
+from service.redis_url import blocking_client
 from service.settings import (
     Settings,
     SettingsError,
@@ -164,7 +165,7 @@ def _backfill(arguments: list[str]) -> int:
         prog="python -m service backfill", description=backfill.__doc__
     )
     parser.add_argument("log", type=Path, help="a prepared log")
-    add_flags(parser, ["bundle", "experiments", "redis_url", "key_prefix"])
+    add_flags(parser, ["bundle", "experiments", "redis_url", "redis_password_file", "key_prefix"])
     flags = vars(parser.parse_args(arguments))
     log = HistoryLog(flags.pop("log"))
     settings: Settings = read_settings(flags)
@@ -173,7 +174,11 @@ def _backfill(arguments: list[str]) -> int:
         arm.history_length or read_manifest(arm.bundle).features.history_length for arm in arms
     )
     with (
-        Redis.from_url(settings.redis_url, socket_timeout=_BACKFILL_TIMEOUT_S) as redis,
+        blocking_client(
+            settings.redis_url,
+            timeout_s=_BACKFILL_TIMEOUT_S,
+            password_file=settings.redis_password_file,
+        ) as redis,
         tqdm(total=len(log), desc="backfill", unit=" users") as bar,
     ):
         report = backfill(
@@ -199,7 +204,10 @@ def _profile(arguments: list[str]) -> int:
         parser.add_argument(f"--{axis}", type=int, nargs="+", default=default)
     parser.add_argument("--users", type=int, default=200, help="histories of each length")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each shape")
-    add_flags(parser, ["bundle", "redis_url", "key_prefix", "provider", "threads"])
+    add_flags(
+        parser,
+        ["bundle", "redis_url", "redis_password_file", "key_prefix", "provider", "threads"],
+    )
     options = vars(parser.parse_args(arguments))
     shapes = shapes_of(*(options.pop(axis) for axis in ("batches", "candidates", "lengths")))
     users, seconds = options.pop("users"), options.pop("seconds")
@@ -210,7 +218,11 @@ def _profile(arguments: list[str]) -> int:
 
     async def measure() -> list[ShapeProfile]:
         store = HistoryStore(
-            connect(settings.redis_url, timeout_s=_BACKFILL_TIMEOUT_S),
+            connect(
+                settings.redis_url,
+                timeout_s=_BACKFILL_TIMEOUT_S,
+                password_file=settings.redis_password_file,
+            ),
             prefix=settings.key_prefix,
             keep=model.manifest.features.history_length,
         )

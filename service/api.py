@@ -19,6 +19,7 @@ from service.errors import (
     DeadlineExceededError,
     DeviceMemoryError,
     HistoryUnavailableError,
+    IdempotencyKeyReusedError,
     InvalidRequestError,
     ModelFailedError,
     NotRecommendableError,
@@ -27,6 +28,7 @@ from service.errors import (
     UnsupportedEncodingError,
 )
 from service.experiment import Experiment
+from service.history import Appended, Idempotency
 from service.problems import responses
 from service.recommender import RecommendRequest
 from service.schemas import (
@@ -52,6 +54,15 @@ DeadlineMs = Annotated[
     Header(
         description="Milliseconds within which the answer is of use; what cannot be answered "
         "by then is refused.",
+    ),
+]
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        pattern=r"^[!-~]{1,256}$",
+        description="Names this call, whatever becomes of it: 1 to 256 visible ASCII characters, "
+        "a UUID for one. A repetition of the call bears the same key.",
     ),
 ]
 
@@ -168,19 +179,26 @@ async def recommend(
     response_model=EventsAnswer,
     responses=responses(
         InvalidRequestError,
+        IdempotencyKeyReusedError,
         BodyTooLargeError,
         UnsupportedEncodingError,
         HistoryUnavailableError,
         CorruptHistoryError,
     ),
 )
-async def events(body: EventsBody, request: Request) -> EventsAnswer:
+async def events(
+    body: EventsBody, request: Request, idempotency_key: IdempotencyKey = None
+) -> EventsAnswer:
     """Append one behavior, or many as `{"events": [...]}`.
 
     Safe to repeat: a behavior (user, item, time) that stands among the user's newest 128 already
     is not appended again. Give `time` where a call may be repeated: without it, the repetition is
     another moment, and so another behavior. A call that fails may have served some users; repeat
     it.
+
+    With an `Idempotency-Key`, a new one for each call, a repetition appends nothing however long
+    ago the first call was (an hour, unless the operator says otherwise), and gets the same
+    answer; `time` may be left out. Another body under the same key is answered 422.
     """
     services = services_of(request)
     now = int(time.time())
@@ -200,19 +218,22 @@ async def events(body: EventsBody, request: Request) -> EventsAnswer:
         times.append(happened)
     try:
         outcome = await services.history.append(
-            {user_id: encode_records(*behaviors) for user_id, behaviors in by_user.items()}
+            {user_id: encode_records(*behaviors) for user_id, behaviors in by_user.items()},
+            idempotency=None
+            if idempotency_key is None
+            else Idempotency.of(idempotency_key, body.model_dump_json().encode()),
         )
     except HistoryUnavailableError:
         services.metrics.redis_failures.labels("append").inc()
         raise
-    appended = sum(count for count in outcome.values() if isinstance(count, int))
+    served = {user: one for user, one in outcome.items() if isinstance(one, Appended)}
     broken = [error for error in outcome.values() if isinstance(error, CorruptHistoryError)]
-    lost = sum(
-        len(by_user[user][0]) for user, count in outcome.items() if not isinstance(count, int)
-    )
-    services.metrics.events.labels("appended").inc(appended)
-    services.metrics.events.labels("duplicate").inc(len(posted) - lost - appended)
-    services.metrics.events.labels("refused").inc(lost)
+    appended = sum(one.count for one in served.values())
+    new = sum(one.count for one in served.values() if not one.earlier)
+    n_served = sum(len(by_user[user][0]) for user in served)
+    services.metrics.events.labels("appended").inc(new)
+    services.metrics.events.labels("duplicate").inc(n_served - new)
+    services.metrics.events.labels("refused").inc(len(posted) - n_served)
     services.metrics.corrupt_appends.inc(len(broken))
     if broken:
         raise broken[0]

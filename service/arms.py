@@ -23,6 +23,8 @@ from service.turns import Seat, SharedDevice
 _SHORT_SHARE = 0.1
 # So much of it is kept free at most, because predictions err.
 _MARGIN_SHARE = 0.3
+# A Redis that has not answered in so much of it is given up: then it can be told, or scored cold.
+_FETCH_SHARE = 0.5
 _DRAIN_POLL_S = 0.02
 
 
@@ -229,6 +231,8 @@ class Arms:
             device=self.thread,
             on_redis_failure=settings.on_redis_failure,
             history_length=history_length,
+            fetch_timeout_s=_FETCH_SHARE * settings.deadline_s,
+            fetch_alone_timeout_s=_FETCH_SHARE * settings.recommend_deadline_s,
         )
         cost = BatchCost()
         cost.learn_from_warm_up(found.warm_up_took)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from redis import Redis
-from redis.exceptions import RedisError
+from redis import Redis, RedisCluster
+from redis.exceptions import RedisClusterException, RedisError
 
 from contract.errors import RecordError
 from contract.history_log import HistoryLog
@@ -34,7 +34,7 @@ class BackfillReport:
 
 
 def backfill(
-    redis: Redis,
+    redis: Redis | RedisCluster,
     log: HistoryLog,
     *,
     prefix: str,
@@ -59,7 +59,7 @@ def backfill(
             report.written += len(chunk) - len(existing)
             _merge(redis, {key: chunk[key] for key in existing}, report, prefix)
             progress(n_users)
-    except (RedisError, OSError) as error:
+    except (RedisError, RedisClusterException, OSError) as error:
         raise HistoryUnavailableError(
             # Escaped: redis-py quotes the command, and with it bytes of records.
             f"Redis did not answer: {str(error)!a}; what was loaded stays, run the command again"
@@ -90,8 +90,9 @@ def _chunks(log: HistoryLog, prefix: str, keep: int) -> Iterator[tuple[int, dict
         yield len(users), {key: raw for key, raw in histories.items() if raw}
 
 
-def _merge(redis: Redis, chunk: dict[bytes, bytes], report: BackfillReport, prefix: str) -> None:
-    replace = redis.register_script(_REPLACE_IF_SAME)
+def _merge(
+    redis: Redis | RedisCluster, chunk: dict[bytes, bytes], report: BackfillReport, prefix: str
+) -> None:
     pending = dict(chunk)
     for _ in range(_MAX_ATTEMPTS):
         if not pending:
@@ -114,7 +115,7 @@ def _merge(redis: Redis, chunk: dict[bytes, bytes], report: BackfillReport, pref
                 del pending[key]
                 continue
             # A history that was appended to since it was read is read and merged once more.
-            replace(keys=[key], args=[value or b"", merged], client=pipeline)
+            pipeline.eval(_REPLACE_IF_SAME, 1, key, value or b"", merged)
             written.append(key)
         for key, replaced in zip(written, pipeline.execute(), strict=True):
             if replaced:

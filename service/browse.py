@@ -11,7 +11,13 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.convertors import Convertor, register_url_convertor
 
 from contract.errors import RecordError
-from contract.records import MAX_USER_ID_BYTES, RECORD, check_user_id, encode_records
+from contract.records import (
+    MAX_USER_ID_BYTES,
+    RECORD,
+    check_user_id,
+    encode_records,
+    history_in_time_order,
+)
 from service.api import DeadlineMs, services_of
 from service.errors import (
     BodyTooLargeError,
@@ -181,7 +187,7 @@ async def history(
         Query(ge=1, le=MAX_INLINE_BEHAVIORS, description="The newest behaviors, at most so many."),
     ] = 1000,
 ) -> HistoryAnswer:
-    """Return a user's newest behaviors as they are stored, oldest first; none of an unknown user.
+    """Return a user's newest behaviors, oldest first; none of an unknown user.
 
     It changes nothing.
     """
@@ -195,14 +201,14 @@ async def history(
         check_user_id(user_id)
     except RecordError as error:
         raise InvalidRequestError(f"user_id: {error}") from error
-    try:
-        (found,) = await services.history.fetch([user_id], limit)
-    except HistoryUnavailableError:
+    (found,) = await services.history.fetch([user_id], limit)
+    if isinstance(found, HistoryUnavailableError):
         services.metrics.redis_failures.labels("fetch").inc()
-        raise
-    if isinstance(found, CorruptHistoryError):
+    if not isinstance(found, bytes):
         raise found
-    return HistoryAnswer(user_id=user_id, behaviors=_behaviors(services, found))
+    return HistoryAnswer(
+        user_id=user_id, behaviors=_behaviors(services, history_in_time_order(found))
+    )
 
 
 @router.get(

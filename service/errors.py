@@ -29,6 +29,14 @@ class InvalidRequestError(ServiceError):
     title = "The request is not valid"
 
 
+class IdempotencyKeyReusedError(ServiceError):
+    """An Idempotency-Key came with another body than before."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    problem = "idempotency-key-reused"
+    title = "The idempotency key belongs to another request"
+
+
 class UnknownArmError(ServiceError):
     """The request names an arm that the experiment does not have."""
 

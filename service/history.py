@@ -1,31 +1,50 @@
 """Histories in Redis: one string of records a user, under `<prefix>:<user id>`."""
 
-import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b, sha1
 from typing import Any
 
 from hiredis import pack_command
-from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from contract.errors import RecordError
 from contract.records import RECORD_BYTES, check_length
-from service.errors import CorruptHistoryError, HistoryUnavailableError
+from service.errors import (
+    CorruptHistoryError,
+    HistoryUnavailableError,
+    IdempotencyKeyReusedError,
+)
+from service.hash_tags import beside
+from service.redis_nodes import RedisNodes, Replies
 
 # A behavior posted again is found among so many newest ones, and not appended again.
 DEDUPLICATION_BEHAVIORS = 128
+_DEDUPLICATION_BYTES = RECORD_BYTES * DEDUPLICATION_BEHAVIORS
+
+# Life of an idempotency key unless the store is told another, in seconds.
+IDEMPOTENCY_LIFE_S = 3600.0
+# What idempotency keys stand under; no history does (`service.settings`).
+IDEMPOTENCY_PREFIX = "mneme-idempotency"
+
+FINGERPRINT_BYTES = 16
 
 _CORRUPT = -1
-# KEYS[1] history; ARGV: records to append, bytes to keep, bytes in which to look for duplicates.
-# One function does all of it, so that a retry, a trim and an append never interleave.
+# KEYS[1] history, KEYS[2] what the idempotency key has done to it, if one came; ARGV: records to
+# append, bytes to keep, bytes in which to look for duplicates, fingerprint of the body, life of the
+# key in ms.
+# One function does all of it, so that a retry, a trim and an append never interleave. Returns the
+# records appended, and 1 where an earlier call has appended them.
 _APPEND = f"""
 local length = redis.call('STRLEN', KEYS[1])
-if length % {RECORD_BYTES} ~= 0 then return {_CORRUPT} end
+if length % {RECORD_BYTES} ~= 0 then return {{{_CORRUPT}, 0}} end
+if KEYS[2] then
+  local done = redis.call('GET', KEYS[2])
+  if done and string.sub(done, 1, {FINGERPRINT_BYTES}) == ARGV[4] then
+    return {{tonumber(string.sub(done, {FINGERPRINT_BYTES + 1})), 1}}
+  end
+end
 local recent = redis.call('GETRANGE', KEYS[1], -tonumber(ARGV[3]), -1)
 local known, fresh = {{}}, {{}}
 for i = 1, #recent, {RECORD_BYTES} do
@@ -43,8 +62,54 @@ local keep = tonumber(ARGV[2])
 if length > 2 * keep then
   redis.call('SET', KEYS[1], redis.call('GETRANGE', KEYS[1], -keep, -1), 'KEEPTTL')
 end
-return #fresh
+if KEYS[2] then redis.call('SET', KEYS[2], ARGV[4] .. #fresh, 'PX', ARGV[5]) end
+return {{#fresh, 0}}
 """
+# KEYS[1] idempotency key; ARGV: fingerprint of the body, life in ms. Returns whether it is the
+# key's own.
+_CLAIM = """
+local known = redis.call('GET', KEYS[1])
+if known then return known == ARGV[1] and 1 or 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+
+class _Script:
+    """A Lua function, called by its hash, or by its text where Redis does not know it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.encode()
+        self._sha1 = sha1(self._text, usedforsecurity=False).hexdigest().encode()
+
+    def call(self, keys: Sequence[bytes], arguments: Sequence[bytes | int]) -> bytes:
+        """Return the packed command that calls it."""
+        return _packed(b"EVALSHA", self._sha1, len(keys), *keys, *arguments)
+
+    def load_and_call(self, keys: Sequence[bytes], arguments: Sequence[bytes | int]) -> bytes:
+        """Return the packed command that calls it, and makes it known."""
+        return _packed(b"EVAL", self._text, len(keys), *keys, *arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idempotency:
+    """A client's key for one call of `append`. `fingerprint`: 16 bytes of what is posted."""
+
+    key: str
+    fingerprint: bytes
+
+    @classmethod
+    def of(cls, key: str, body: bytes) -> "Idempotency":
+        """Return the key with the fingerprint of a body."""
+        return cls(key=key, fingerprint=_digest(body))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appended:
+    """How many records were new to a user's history; `earlier`: to a call with the same key."""
+
+    count: int
+    earlier: bool = False
 
 
 def history_key(prefix: str, user_id: str) -> bytes:
@@ -55,15 +120,24 @@ def history_key(prefix: str, user_id: str) -> bytes:
 class HistoryStore:
     """Reads and appends histories; one pipeline, and so one round trip, for a whole batch.
 
-    `redis`: a client that returns bytes. `keep`: behaviors that are kept of a user at least; a
-    value is cut back to them when it holds more than twice as many.
+    `keep`: behaviors that are kept of a user at least; a value is cut back to them when it holds
+    more than twice as many. `idempotency_life_s`: seconds for which a client's keys are known.
     """
 
-    def __init__(self, redis: Redis, *, prefix: str, keep: int) -> None:
+    def __init__(
+        self,
+        redis: RedisNodes,
+        *,
+        prefix: str,
+        keep: int,
+        idempotency_life_s: float = IDEMPOTENCY_LIFE_S,
+    ) -> None:
         self._redis = redis
         self._prefix = prefix
         self._keep = keep
-        self._append = redis.register_script(_APPEND)
+        self._life_ms = max(1, round(1000 * idempotency_life_s))
+        self._append = _Script(_APPEND)
+        self._claim = _Script(_CLAIM)
 
     def keep_at_least(self, behaviors: int) -> None:
         """Keep so many of a user from now on, unless more are kept already."""
@@ -75,28 +149,26 @@ class HistoryStore:
         return 2 * self._keep
 
     async def fetch(
-        self, user_ids: Sequence[str], length: int
-    ) -> list[bytes | CorruptHistoryError]:
-        """Return each user's newest `length` records, oldest first; b"" for an unknown user.
+        self, user_ids: Sequence[str], length: int, *, timeout_s: float = math.inf
+    ) -> list[bytes | CorruptHistoryError | HistoryUnavailableError]:
+        """Return each user's newest `length` records, as they are stored; b"" for an unknown user.
 
-        A value that is no history becomes an error in its place. Raises HistoryUnavailableError
-        when Redis does not answer.
+        The newest are those that were stored last; one that was reported late is among them, and
+        `contract.records` puts it where it belongs. A value that is no history, or that Redis did
+        not give in `timeout_s` or in the time of its nodes, becomes an error in its place.
         """
         if not user_ids:
             return []
         first = -RECORD_BYTES * length
-        commands = bytearray()
+        asked = []
         for user_id in user_ids:
             key = history_key(self._prefix, user_id)
-            commands += pack_command(("GETRANGE", key, first, -1))  # type: ignore[arg-type]
             # The range alone looks whole even where the value is not: it is cut from the end.
-            commands += pack_command(("STRLEN", key))  # type: ignore[arg-type]  # its stub is wrong
-        replies = await _answer(self._ask(bytes(commands), 2 * len(user_ids)))
+            commands = (_packed(b"GETRANGE", key, first, -1), _packed(b"STRLEN", key))
+            asked.append((key, commands))
+        answers = await self._redis.ask(asked, operation="fetch", timeout_s=timeout_s)
         return [
-            _checked(user_id, raw, length_bytes)
-            for user_id, raw, length_bytes in zip(
-                user_ids, replies[::2], replies[1::2], strict=True
-            )
+            _checked(user_id, replies) for user_id, replies in zip(user_ids, answers, strict=True)
         ]
 
     async def some_users(self, n: int) -> list[str]:
@@ -105,118 +177,127 @@ class HistoryStore:
         Raises HistoryUnavailableError when Redis does not answer.
         """
         prefix = history_key(self._prefix, "")
-        keys = await _answer(self._ask(pack_command(("RANDOMKEY",)) * n, n))
+        answers = await self._redis.ask([(None, (_packed(b"RANDOMKEY"),))] * n, operation="fetch")
         users = set()
-        for key in keys:
+        for replies in answers:
+            if isinstance(replies, HistoryUnavailableError):
+                raise replies
+            (key,) = replies
             if isinstance(key, ResponseError):
-                raise HistoryUnavailableError(f"Redis refused to read: {key}")
+                raise HistoryUnavailableError(_refusal("read", key))
             # Redis may hold other things, or nothing.
             if key is not None and key.startswith(prefix):
                 users.add(key[len(prefix) :].decode(errors="replace"))
         return sorted(users)
 
-    async def _ask(self, commands: bytes, n_replies: int) -> list[Any]:
-        """Send packed commands as they are and return the replies, errors in their places.
-
-        redis-py's pipeline does the same with a timer and five calls for each reply; that would be
-        a fifth of what a request costs.
-        """
-        pool = self._redis.connection_pool
-        for is_last_attempt in (False, True):
-            connection = await pool.get_connection()  # type: ignore[no-untyped-call]
-            try:
-                async with asyncio.timeout(connection.socket_timeout):
-                    await connection.send_packed_command(commands, check_health=False)
-                    return [await _reply(connection) for _ in range(n_replies)]
-            except RedisConnectionError:
-                # A restarted Redis has closed its connections: the next one is new.
-                await connection.disconnect()
-                if is_last_attempt:
-                    raise
-            except TimeoutError:
-                await connection.disconnect()
-                raise
-            finally:
-                await pool.release(connection)
-        raise AssertionError("unreachable")
-
-    async def append(self, records: Mapping[str, bytes]) -> dict[str, int | CorruptHistoryError]:
+    async def append(
+        self, records: Mapping[str, bytes], *, idempotency: Idempotency | None = None
+    ) -> dict[str, Appended | CorruptHistoryError]:
         """Append records to each user's history; return how many were new, or the error.
 
         A record that stands among the user's newest 128 already is not appended again, so a
-        failed call can be repeated. Raises HistoryUnavailableError when Redis does not answer or
-        refuses to write; then some users may have been served.
+        failed call can be repeated. With `idempotency`, a call with the same key and the same
+        fingerprint appends nothing where an earlier one has appended, and returns what that did.
+
+        Raises HistoryUnavailableError when Redis does not answer or refuses to write; then some
+        users may have been served. Raises IdempotencyKeyReusedError, before anything is appended,
+        where the key is known with another fingerprint.
         """
-        pipeline = self._redis.pipeline(transaction=False)
+        if idempotency is not None:
+            await self._claim_key(idempotency)
+        calls: list[tuple[list[bytes], list[bytes | int]]] = []
         for user_id, raw in records.items():
-            await self._append(
-                keys=[history_key(self._prefix, user_id)],
-                args=[
-                    raw,
-                    RECORD_BYTES * self._keep,
-                    RECORD_BYTES * DEDUPLICATION_BEHAVIORS,
-                ],
-                client=pipeline,
-            )
-        replies = await _answer(pipeline.execute(raise_on_error=False))
-        outcome: dict[str, int | CorruptHistoryError] = {}
-        for user_id, reply in zip(records, replies, strict=True):
-            if isinstance(reply, int) and reply != _CORRUPT:
-                outcome[user_id] = reply
-            elif reply == _CORRUPT or _is_wrong_type(reply):
+            key = history_key(self._prefix, user_id)
+            keys = [key]
+            arguments: list[bytes | int] = [raw, RECORD_BYTES * self._keep, _DEDUPLICATION_BYTES]
+            if idempotency is not None:
+                keys.append(_key_beside(key, idempotency.key))
+                arguments += [idempotency.fingerprint, self._life_ms]
+            calls.append((keys, arguments))
+        answers = await self._called(self._append, calls)
+        outcome: dict[str, Appended | CorruptHistoryError] = {}
+        failed: HistoryUnavailableError | None = None
+        for user_id, replies in zip(records, answers, strict=True):
+            reply = _only(replies)
+            if isinstance(reply, HistoryUnavailableError):
+                failed = reply
+            elif _is_wrong_type(reply) or (isinstance(reply, list) and reply[0] == _CORRUPT):
                 outcome[user_id] = _corrupt(user_id, "its length or type is wrong")
+            elif isinstance(reply, list):
+                outcome[user_id] = Appended(count=reply[0], earlier=bool(reply[1]))
             else:
-                raise HistoryUnavailableError(f"Redis refused to write: {reply}")
+                failed = HistoryUnavailableError(_refusal("write", reply))
+        if failed is not None:
+            raise failed
         return outcome
 
     async def is_ready(self) -> bool:
         """Return whether Redis answers."""
-        try:
-            await self._redis.ping()
-        except (RedisError, OSError):
-            return False
-        return True
+        return await self._redis.is_up()
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._redis.aclose()
+        await self._redis.close()
+
+    async def _claim_key(self, idempotency: Idempotency) -> None:
+        key = f"{IDEMPOTENCY_PREFIX}:{_digest(idempotency.key.encode()).hex()}".encode()
+        (replies,) = await self._called(
+            self._claim, [([key], [idempotency.fingerprint, self._life_ms])]
+        )
+        reply = _only(replies)
+        if isinstance(reply, HistoryUnavailableError):
+            raise reply
+        if not isinstance(reply, int):
+            raise HistoryUnavailableError(_refusal("write", reply))
+        if not reply:
+            raise IdempotencyKeyReusedError(
+                "Idempotency-Key: it came with another body before; a repetition must be the same, "
+                "and another request needs another key"
+            )
+
+    async def _called(
+        self, script: _Script, calls: Sequence[tuple[list[bytes], list[bytes | int]]]
+    ) -> list[Replies]:
+        asked = [(keys[0], (script.call(keys, arguments),)) for keys, arguments in calls]
+        answers = await self._redis.ask(asked, operation="append")
+        unknown = [n for n, one in enumerate(answers) if isinstance(_only(one), NoScriptError)]
+        if unknown:
+            asked = [(calls[n][0][0], (script.load_and_call(*calls[n]),)) for n in unknown]
+            again = await self._redis.ask(asked, operation="append")
+            for n, replies in zip(unknown, again, strict=True):
+                answers[n] = replies
+        return answers
 
 
-def connect(url: str, *, timeout_s: float) -> Redis:
-    """Return a client that gives up after `timeout_s` and retries a lost connection once.
-
-    Connections are made when they are first needed: Redis may be away at the start.
-    """
-    return Redis.from_url(
-        url,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        # One attempt more than the first, at once: a restarted Redis has closed its connections.
-        retry=Retry(NoBackoff(), 1),
-    )
+def _packed(*words: bytes | int) -> bytes:
+    packed: bytes = pack_command(words)  # type: ignore[arg-type]  # its stub is wrong
+    return packed
 
 
-async def _reply(connection: AbstractConnection) -> Any:
-    try:
-        # The caller's timeout is one for all replies.
-        return await connection.read_response(disable_decoding=True, timeout=math.inf)
-    except ResponseError as error:
-        return error
+def _only(replies: Replies) -> Any:
+    return replies if isinstance(replies, HistoryUnavailableError) else replies[0]
 
 
-async def _answer(command: Any) -> list[Any]:
-    try:
-        replies: list[Any] = await command
-    except (RedisError, OSError) as error:
-        raise HistoryUnavailableError(f"Redis did not answer: {type(error).__name__}") from error
-    return replies
+def _digest(text: bytes) -> bytes:
+    return blake2b(text, digest_size=FINGERPRINT_BYTES).digest()
 
 
-def _checked(user_id: str, raw: Any, length_bytes: Any) -> bytes | CorruptHistoryError:
+def _key_beside(key: bytes, idempotency_key: str) -> bytes:
+    """Return where stands what an idempotency key has done to a history: in its slot."""
+    digest = _digest(b"\0".join([key, idempotency_key.encode()]))
+    return beside(key, prefix=f"{IDEMPOTENCY_PREFIX}:", suffix=f":{digest.hex()}")
+
+
+def _checked(
+    user_id: str, replies: Replies
+) -> bytes | CorruptHistoryError | HistoryUnavailableError:
+    if isinstance(replies, HistoryUnavailableError):
+        return replies
+    raw, length_bytes = replies
     if _is_wrong_type(raw):
         return _corrupt(user_id, "the key holds something other than a string")
     if not isinstance(raw, bytes) or not isinstance(length_bytes, int):
-        raise HistoryUnavailableError(f"Redis refused to read: {raw}")
+        return HistoryUnavailableError(_refusal("read", raw))
     try:
         check_length(length_bytes)
         # Both commands run one after the other: a value may have appeared between them.
@@ -224,6 +305,10 @@ def _checked(user_id: str, raw: Any, length_bytes: Any) -> bytes | CorruptHistor
     except RecordError as error:
         return _corrupt(user_id, str(error))
     return raw
+
+
+def _refusal(what: str, reply: Any) -> str:
+    return f"Redis refused to {what}: {type(reply).__name__}: {reply}"
 
 
 def _is_wrong_type(reply: Any) -> bool:

@@ -253,6 +253,20 @@ class Metrics:
             multiprocess_mode="livemostrecent",
             registry=self.registry,
         )
+        self.redis_retries = Counter(
+            "mneme_redis_retries_total",
+            "Calls that were repeated on a lost connection, or because a slot was on the move.",
+            ("operation",),
+            registry=self.registry,
+        )
+        # The worst of all workers.
+        self.redis_breaker_state = Gauge(
+            "mneme_redis_breaker_state",
+            "Circuit breaker of a node of Redis: 0 closed, 1 half-open, 2 open.",
+            ("node",),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         # Whoever is asked has just looked; what another worker saw earlier is no news.
         self.redis_up = Gauge(
             "mneme_redis_up",
@@ -289,6 +303,7 @@ class Metrics:
             self.events.labels(outcome)
         for operation in ("fetch", "append"):
             self.redis_failures.labels(operation)
+            self.redis_retries.labels(operation)
         self._refresh: list[Callable[[], None]] = []
         self._answers: dict[tuple[str, int, str, str], CounterTally] = {}
         self._tallies: list[CounterTally | HistogramTally] = []

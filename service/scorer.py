@@ -4,6 +4,7 @@ Shapes: B requests, C candidates, L history length.
 """
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from contract.catalogue import UNKNOWN_ROW
 from contract.encoding import ModelInputs, encode, stack_candidates
-from contract.records import RECORD_BYTES
+from contract.records import RECORD_BYTES, history_in_time_order
 from service.device import is_out_of_memory
 from service.errors import (
     CorruptHistoryError,
@@ -97,6 +98,13 @@ class Weighed:
     infer_s: float
 
 
+class _Read(NamedTuple):
+    """A history that is scored with. `degraded`: empty, because Redis did not give the user's."""
+
+    records: bytes
+    degraded: bool = False
+
+
 class _Run(NamedTuple):
     """One run of the model: scores float32 [B, C], padded; `cells` as they were run."""
 
@@ -111,7 +119,9 @@ class BatchScorer:
 
     `device`: the device's one thread. `history_length`: behaviors that the model
     is given at most, None for all that it reads. `on_redis_failure`: "refuse" fails every request
-    that needs Redis, "cold" scores it with an empty history.
+    that needs Redis, "cold" scores it with an empty history. `fetch_timeout_s`,
+    `fetch_alone_timeout_s`: seconds that reading a batch's histories, or that of a request alone,
+    may take, where Redis' own time is longer.
     """
 
     def __init__(
@@ -123,6 +133,8 @@ class BatchScorer:
         device: "DeviceThread",
         on_redis_failure: Literal["refuse", "cold"],
         history_length: int | None = None,
+        fetch_timeout_s: float = math.inf,
+        fetch_alone_timeout_s: float = math.inf,
     ) -> None:
         self.model = model
         self._history = history
@@ -130,6 +142,8 @@ class BatchScorer:
         self._length = history_length or model.manifest.features.history_length
         self._cold = on_redis_failure == "cold"
         self._device = device
+        self._fetch_timeout_s = fetch_timeout_s
+        self._fetch_alone_timeout_s = fetch_alone_timeout_s
 
     async def warm_up(self, max_work: int) -> list[tuple[int, float]]:
         """Run the shapes that will be served; return (work, seconds) of each.
@@ -153,18 +167,18 @@ class BatchScorer:
     async def prepare(self, requests: Sequence[ScoreRequest]) -> list[Prepared | ServiceError]:
         """Read and encode the histories; one that fails does not fail the others."""
         started = time.perf_counter()
-        histories, degraded = await self._histories(requests, self._length)
+        histories = await self._histories(requests)
         fetch_s = time.perf_counter() - started
         self._metrics.observe_stage("fetch", fetch_s)
         outcome: list[Prepared | ServiceError] = [
             history if isinstance(history, ServiceError) else ModelFailedError("not encoded")
             for history in histories
         ]
-        readable = [b for b, history in enumerate(histories) if isinstance(history, bytes)]
+        readable = [b for b, history in enumerate(histories) if isinstance(history, _Read)]
         if readable:
-            raw = [history for history in histories if isinstance(history, bytes)]
+            read = [history for history in histories if isinstance(history, _Read)]
             asked = [requests[b] for b in readable]
-            encoded, encode_s = self._encode(asked, raw, started, fetch_s, degraded=degraded)
+            encoded, encode_s = self._encode(asked, read, started, fetch_s)
             self._metrics.observe_stage("encode", encode_s)
             for b, one in zip(readable, encoded, strict=True):
                 outcome[b] = one
@@ -181,19 +195,20 @@ class BatchScorer:
         """
         started = time.perf_counter()
         length = self._history.longest if whole else self._length
-        (history,), degraded = await self._histories([request], length)
+        stored = await self._stored(request, length)
         fetch_s = time.perf_counter() - started
         try:
-            if isinstance(history, ServiceError):
-                raise history
-            newest = history[-RECORD_BYTES * self._length :]
-            (one,), _ = self._encode([request], [newest], started, fetch_s, degraded=degraded)
+            if isinstance(stored, ServiceError):
+                raise stored
+            newest = stored.records[-RECORD_BYTES * self._length :]
+            read = _Read(newest, degraded=stored.degraded)
+            (one,), _ = self._encode([request], [read], started, fetch_s)
             if isinstance(one, ServiceError):
                 raise one
         except CorruptHistoryError:
             self._metrics.corrupt_histories.inc()
             raise
-        return one, history
+        return one, stored.records if whole else history_in_time_order(newest)
 
     async def run_alone(
         self, one: Prepared, pick: Callable[[NDArray[np.float32]], PickedT]
@@ -252,36 +267,47 @@ class BatchScorer:
         metrics.padding.inc(cells - filled)
         metrics.candidates.inc(sum(len(one.candidate_items) for one in batch))
 
-    async def _histories(
-        self, requests: Sequence[ScoreRequest], length: int
-    ) -> tuple[list[bytes | ServiceError], bool]:
-        asked = [request.user_id for request in requests if request.history is None]
-        users = list(dict.fromkeys(asked))
-        degraded = False
-        found: dict[str, bytes | ServiceError] = {}
-        try:
-            found.update(zip(users, await self._history.fetch(users, length), strict=True))
-        except HistoryUnavailableError as error:
+    async def _histories(self, requests: Sequence[ScoreRequest]) -> list[_Read | ServiceError]:
+        users = list(dict.fromkeys(one.user_id for one in requests if one.history is None))
+        fetched = await self._history.fetch(users, self._length, timeout_s=self._fetch_timeout_s)
+        if any(isinstance(one, HistoryUnavailableError) for one in fetched):
             self._metrics.fetch_failures.inc()
-            degraded = self._cold
-            found = dict.fromkeys(users, b"" if self._cold else error)
+        found = dict(zip(users, map(self._by_policy, fetched), strict=True))
         return [
             found[request.user_id]
             if request.history is None
-            else request.history[-RECORD_BYTES * length :]
+            else _Read(request.history[-RECORD_BYTES * self._length :])
             for request in requests
-        ], degraded
+        ]
+
+    async def _stored(self, request: ScoreRequest, length: int) -> _Read | ServiceError:
+        if request.history is not None:
+            return _Read(request.history[-RECORD_BYTES * length :])
+        (fetched,) = await self._history.fetch(
+            [request.user_id], length, timeout_s=self._fetch_alone_timeout_s
+        )
+        if isinstance(fetched, HistoryUnavailableError):
+            self._metrics.fetch_failures.inc()
+        return self._by_policy(fetched)
+
+    def _by_policy(
+        self, fetched: bytes | CorruptHistoryError | HistoryUnavailableError
+    ) -> _Read | ServiceError:
+        if isinstance(fetched, bytes):
+            return _Read(fetched)
+        if self._cold and isinstance(fetched, HistoryUnavailableError):
+            return _Read(b"", degraded=True)
+        return fetched
 
     def _encode(
         self,
         requests: Sequence[ScoreRequest],
-        histories: Sequence[bytes],
+        read: Sequence[_Read],
         began: float,
         fetch_s: float,
-        *,
-        degraded: bool,
     ) -> tuple[list[Prepared | ServiceError], float]:
         started = time.perf_counter()
+        histories = [one.records for one in read]
         lengths = [len(raw) // RECORD_BYTES for raw in histories]
         # Padding contributes nothing to a score, so a batch is as wide as its longest history.
         inputs, corrupt_B = encode(
@@ -307,7 +333,7 @@ class BatchScorer:
                 history_buckets=inputs.history_buckets[b, width - lengths[b] :],
                 candidate_items=inputs.candidate_items[b, : len(request.candidates)],
                 unknown_candidates=n_unknown_B[b],
-                degraded=degraded and request.history is None,
+                degraded=read[b].degraded,
                 began=began,
                 fetch_s=fetch_s,
                 encode_s=encode_s,

@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from redis.connection import parse_url
 
 from service.logs import Format, Level
+from service.redis_url import read_redis_url
 
 PREFIX = "MNEME_"
 _PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&]password=")
@@ -50,15 +50,19 @@ class Settings(BaseSettings):
     )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
-        validation_alias=AliasChoices("MNEME_REDIS_URL", "redis_url", "REDIS_URL"),
-        description="Redis with the histories.",
         repr=False,  # it may hold a password
+        validation_alias=AliasChoices("MNEME_REDIS_URL", "redis_url", "REDIS_URL"),
+        description="Redis with the histories: redis:// or rediss:// (TLS), "
+        "redis+sentinel://host:port,host:port/name, redis+cluster://host:port,host:port; the last "
+        "two with rediss+, too.",
     )
     key_prefix: Annotated[str, Field(min_length=1)] = Field(
         default="history", description="Histories stand under <key_prefix>:<user id>."
     )
     redis_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        default=0.25, description="Seconds after which Redis counts as away."
+        default=0.25,
+        description="Seconds after which a call of Redis is given up; reading histories, after "
+        "half of the deadline for which they are read, where that is sooner.",
     )
     on_redis_failure: Literal["refuse", "cold"] = Field(
         default="refuse",
@@ -181,6 +185,16 @@ class Settings(BaseSettings):
         "other.",
     )
     admin_host: str = Field(default="127.0.0.1", description="Address of the admin port.")
+    redis_password_file: Path | None = Field(
+        default=None,
+        description="File with the password for Redis, read for each connection: so it stands in "
+        "no URL and in no list of processes.",
+    )
+    idempotency_life_s: Annotated[float, Field(gt=0)] = Field(
+        default=3600.0,
+        description="Seconds for which an Idempotency-Key of POST /events is known; Redis keeps "
+        "some 300 bytes for each.",
+    )
 
     @model_validator(mode="after")
     def _serves_something(self) -> "Settings":
@@ -197,10 +211,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_a_redis_url(cls, url: str) -> str:
-        try:
-            parse_url(url)  # type: ignore[no-untyped-call]  # redis-py is untyped here
-        except ValueError:  # its words may quote a part of the URL that is a password
-            raise ValueError("a URL like redis://user:password@host:6379/0 is expected") from None
+        read_redis_url(url)
         return url
 
 

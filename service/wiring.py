@@ -12,10 +12,11 @@ from service.api_keys import read_keys
 from service.arms import Arms
 from service.experiment import Experiment
 from service.experiment_watch import ExperimentWatch
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.key_watch import KeyWatch
 from service.metrics import Metrics
 from service.model import Model
+from service.redis_nodes import connect
 from service.settings import Settings
 from service.watchdog import Watchdog
 
@@ -64,9 +65,15 @@ async def running(
     keys = None if settings.api_keys is None else read_keys(settings.api_keys)
     access = Access(settings, metrics, keys)
     store = history or HistoryStore(
-        connect(settings.redis_url, timeout_s=settings.redis_timeout_s),
+        connect(
+            settings.redis_url,
+            timeout_s=settings.redis_timeout_s,
+            password_file=settings.redis_password_file,
+            metrics=metrics,
+        ),
         prefix=settings.key_prefix,
         keep=1,  # the arms say how many
+        idempotency_life_s=settings.idempotency_life_s,
     )
     arms = Arms(settings, open_model, store, metrics)
     watch, watching = None, None

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from redis.asyncio import Redis
+from redis import Redis
 
 from contract.bundle import REQUIRED_FILES, FileEntry, Manifest
 from contract.catalogue import Catalogue
@@ -16,6 +16,7 @@ from loadtest.redis_server import redis_server
 from service.history import HistoryStore, history_key
 from service.metrics import Metrics
 from service.model import Explain
+from service.redis_nodes import connect
 from service.scorer import BatchScorer, DeviceThread, Prepared, Scored, ScoreRequest
 from service.shapes import Shape, ShapeGrid
 from tests.golden_rows import CATALOGUE, RANKING_TIME, ROWS, SPEC, GoldenRow
@@ -114,12 +115,13 @@ def test_training_gathers_golden_rows(row, tmp_path):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 async def test_the_service_encodes_golden_rows(row, redis_url):
-    model, redis = RecordingModel(), Redis.from_url(redis_url)
-    store = HistoryStore(redis, prefix="golden", keep=100)
+    model = RecordingModel()
+    store = HistoryStore(connect(redis_url, timeout_s=5.0), prefix="golden", keep=100)
     thread, metrics = DeviceThread(), Metrics().of_arm("main", "golden")
     scorer = BatchScorer(model, store, metrics, device=thread, on_redis_failure="refuse")
     try:
-        await redis.set(history_key("golden", "u"), row.history)
+        with Redis.from_url(redis_url) as redis:
+            redis.set(history_key("golden", "u"), row.history)
         (prepared,) = await scorer.prepare(
             [ScoreRequest(user_id="u", candidates=row.candidates, ranking_time=RANKING_TIME)]
         )

@@ -94,7 +94,7 @@ class TestLinearScale:
         ]
 
     def test_a_behavior_that_is_newer_than_now_was_just_done(self):
-        assert self.buckets([100, 50], 70)[2:] == [[0, 0, 0], [20, 0, 0]]
+        assert self.buckets([50, 100], 70)[2:] == [[20, 0, 0], [0, 0, 0]]
 
     def test_differences_of_ages_are_those_of_times(self):
         times = [1_600_000_000, 1_600_000_001, 1_650_000_000]

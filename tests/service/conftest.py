@@ -1,5 +1,6 @@
 """A real Redis, real servers around a predictable model, and one real bundle."""
 
+import logging
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -13,10 +14,12 @@ from redis import Redis
 from contract.bundle import ScoreKind
 from loadtest.redis_server import free_port, redis_server
 from service.app import create_app
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
+from service.redis_nodes import connect
 from service.settings import Settings
 from tests.service.dummy_model import HISTORY_LENGTH, QUICK, DummyModel
 from tests.service.live_service import PATIENCE_S, LiveService, live_service
+from tests.service.logged import Logged
 from tests.service.tiny_bundle import make_bundle
 
 # The machine may be busy with anything: where a test is not about time, there is plenty of it.
@@ -169,3 +172,11 @@ def good_bundle(tmp_path_factory) -> Path:
 def bundle(good_bundle, tmp_path) -> Path:
     """A bundle of the test's own."""
     return Path(shutil.copytree(good_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def logged() -> Iterator[Logged]:
+    """All that is written, debugging too, by services that do not ask for personal data."""
+    found = Logged()
+    with found.listening(logging.DEBUG, personal_data=False):
+        yield found

@@ -6,12 +6,14 @@ import pytest
 
 from service import errors
 from service.errors import ServiceError
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.problems import problem_response
+from service.redis_nodes import connect
 from tests.service.problem_answers import assert_problem
 
 PROBLEMS = [
     (errors.InvalidRequestError, 422, "invalid-request", None),
+    (errors.IdempotencyKeyReusedError, 422, "idempotency-key-reused", None),
     (errors.UnknownArmError, 422, "unknown-arm", None),
     (errors.MalformedRequestError, 400, "malformed-request", None),
     (errors.HeadTooLargeError, 431, "head-too-large", None),
@@ -77,8 +79,8 @@ def test_the_table_above_holds_all_errors():
 class BrokenStore(HistoryStore):
     """Has a bug."""
 
-    async def fetch(self, user_ids, length):
-        del user_ids, length
+    async def fetch(self, user_ids, length, *, timeout_s=0.0):
+        del user_ids, length, timeout_s
         raise ZeroDivisionError("a secret")
 
 

@@ -1,37 +1,28 @@
 """Ids in and out, slow requests with their stages, and nobody's name in the log."""
 
-import logging
 import re
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.metrics import STAGES
+from service.redis_nodes import connect
 from service.request_log import Allowance, stages_of
 from service.scorer import Scored
 from tests.service.live_service import PATIENCE_S
-from tests.service.logged import Logged
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 USER, CANDIDATE = "somebody-in-particular", 777_777_777
 ALL_ARE_SLOW = {"slow_request_s": 1e-9}
 
 
-@pytest.fixture
-def logged():
-    """All that is written, debugging too, by services that do not ask for personal data."""
-    found = Logged()
-    with found.listening(logging.DEBUG, personal_data=False):
-        yield found
-
-
 class BrokenStore(HistoryStore):
     """Has a bug whose message names a user."""
 
-    async def fetch(self, user_ids, length):
-        del length
+    async def fetch(self, user_ids, length, *, timeout_s=0.0):
+        del length, timeout_s
         raise KeyError(user_ids[0])
 
 

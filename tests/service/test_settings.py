@@ -172,6 +172,8 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
                 anonymous=True,
                 admin_port=2,
                 admin_host="::1",
+                redis_password_file=Path("/a folder/with a password"),
+                idempotency_life_s=1 / 9,
             ),
             id="none of the defaults",
         ),
