@@ -124,7 +124,7 @@ class TestTable:
     def test_every_route_of_the_application_has_its_place(self):
         app = create_app(Settings(bundle=Path("unused")), lambda _: DummyModel())
         paths = set(paths_of(app))
-        paths = {path.replace("{user_id:path}", "{user_id}") for path in paths}
+        paths = {path.replace("{user_id:text}", "{user_id}") for path in paths}
         assert {"/score", "/page/", "/metrics"} <= paths
         assert {path for path in paths if route_of(path) == "other"} == set()
         assert set(ROLES) - paths == {"/admin/", "other"}
