@@ -8,8 +8,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import Field
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import WithJsonSchema
 
 from contract.records import encode_records
 from service.arms import Arm
@@ -49,9 +48,12 @@ from service.wiring import ARM, ASKED, STAGES, USABLE_SHARE, Services
 router = APIRouter()
 
 DeadlineMs = Annotated[
-    # A header may be absent, and is never null.
-    Annotated[float, Field(gt=0, le=MAX_DEADLINE_MS)] | SkipJsonSchema[None],
+    float | None,
+    # It may be absent, and is never null.
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_DEADLINE_MS}),
     Header(
+        gt=0,
+        le=MAX_DEADLINE_MS,
         description="Milliseconds within which the answer is of use; what cannot be answered "
         "by then is refused.",
     ),

@@ -7,7 +7,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import TypeAdapter, WithJsonSchema
 from starlette.convertors import Convertor, register_url_convertor
 
 from contract.errors import RecordError
@@ -220,7 +220,8 @@ async def some_items(
     request: Request,
     limit: HowMany = 10,
     arm: Annotated[
-        ArmName | SkipJsonSchema[None],
+        ArmName | None,
+        WithJsonSchema(TypeAdapter(ArmName).json_schema()),  # it may be absent, and is never null
         Query(description="Whose catalogue; the first arm's unless said."),
     ] = None,
 ) -> SomeItems:
