@@ -143,9 +143,9 @@ class Access:
             )
         if scope["method"] in _READS or (site is None and origin is None):
             return
-        if site in _OWN_PAGE if site is not None else _authority(origin) == host:
-            return
-        raise ForeignPageError("without API keys only the service's own page may ask for this")
+        is_own = _authority(origin) == host if site is None else site in _OWN_PAGE
+        if not is_own:
+            raise ForeignPageError("without API keys only the service's own page may ask for this")
 
 
 class _Caller:
