@@ -81,6 +81,8 @@ class Access:
     def apply(self, keys: ApiKeys) -> None:
         """Let these keys be known from now on, and no others."""
         kept = {caller.name: caller for _, caller in self._callers or ()}
+        for name in kept.keys() - keys.keys.keys():
+            self._metrics.api_key_expires.labels(name).set(0)
         self._callers = []
         for name, key in keys.keys.items():
             caller = kept.get(name)
@@ -141,9 +143,9 @@ class Access:
             )
         if scope["method"] in _READS or (site is None and origin is None):
             return
-        if site in _OWN_PAGE if site is not None else _authority(origin) == host:
-            return
-        raise ForeignPageError("without API keys only the service's own page may ask for this")
+        is_own = _authority(origin) == host if site is None else site in _OWN_PAGE
+        if not is_own:
+            raise ForeignPageError("without API keys only the service's own page may ask for this")
 
 
 class _Caller:
@@ -158,6 +160,8 @@ class _Caller:
             rate = key.requests_per_s / n_workers
             burst = (key.requests_per_s if key.burst is None else key.burst) / n_workers
             self._bucket = TokenBucket(rate, burst=max(1.0, burst))
+        is_forever = key.expires is None
+        metrics.api_key_expires.labels(name).set(0 if is_forever else self._expires)
         outcomes = ("allowed", "expired", "forbidden", "rate-limited")
         self._count = {one: metrics.key_requests.labels(name, one) for one in outcomes}
 

@@ -223,6 +223,13 @@ class Metrics:
             ("key", "outcome"),
             registry=self.registry,
         )
+        self.api_key_expires = Gauge(
+            "mneme_api_key_expires_seconds",
+            "When a key expires, in unix seconds; 0 for one that is gone or never expires.",
+            ("key",),
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         self.api_keys_reloads = Counter(
             "mneme_api_keys_reloads_total",
             "Changes of the file of keys, by outcome.",

@@ -16,7 +16,7 @@ from starlette.routing import Mount, Route
 
 from loadtest.redis_server import free_port
 from service.access import ROLES, Access, TokenBucket, route_of
-from service.api_keys import Role, described, make_key, parse_keys
+from service.api_keys import ApiKeys, Role, described, make_key, parse_keys
 from service.app import create_app
 from service.errors import ServiceError
 from service.listening import bind
@@ -245,6 +245,28 @@ def test_an_expired_key_says_so_to_whom_holds_it(serve, keys):
     problem = assert_problem(ask(service, "/score", **bearer(old)), 401, "unauthenticated")
     assert problem["detail"] == "the API key 'old' has expired"
     assert ask(service, "/score", **bearer(new)).status_code == 200
+
+
+def test_it_is_told_when_keys_expire_and_which_are_gone():
+    metrics = Metrics()
+
+    def expires(name: str) -> float | None:
+        value: float | None = metrics.registry.get_sample_value(
+            "mneme_api_key_expires_seconds", {"key": name}
+        )
+        return value
+
+    def known(**days: date | None) -> ApiKeys:
+        lines = [
+            described(name, make_key(), roles=["score"], expires=day) for name, day in days.items()
+        ]
+        return parse_keys("".join(lines).encode(), Path("keys.toml"))
+
+    keys = known(old=date(1970, 1, 2), forever=None)
+    access = Access(Settings(bundle=Path("unused")), metrics, keys)
+    assert (expires("old"), expires("forever")) == (86_400, 0)
+    access.apply(known(new=date(1970, 1, 3), forever=None))
+    assert (expires("old"), expires("new")) == (0, 2 * 86_400)
 
 
 class TestRateLimit:
