@@ -186,6 +186,11 @@ class TestServe:
                 id="no titles",
             ),
             pytest.param(["--bundle", "x", "--port", "-1"], "port: Input should be", id="port"),
+            pytest.param(
+                ["--bundle", "x", "--max-connections", "1000000000"],
+                "max_connections: 1,000,000,000 connections may need 2,000,000,128 open files",
+                id="connections",
+            ),
             pytest.param(["--bundle", "x", "--provider", "tpu"], "provider: Input", id="provider"),
         ],
     )
