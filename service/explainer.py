@@ -62,6 +62,7 @@ class Explainer:
         self._metrics = metrics
         # One after the other: those who look must not crowd out those who are served.
         self._turn = asyncio.Lock()
+        self._places = asyncio.Semaphore(_MOST_INSIDE)
         self._n_inside = 0
         self._run_s = 0.0
 
@@ -91,9 +92,15 @@ class Explainer:
                 f"the bundle of {manifest.model_version} has no explain graph: exported from IMN "
                 "by this version, it has one"
             )
-        if self._n_inside >= _MOST_INSIDE:
+        if self._places.locked():
             self._metrics.count_dropped("overloaded")
-            raise OverloadedError(f"{self._n_inside} explanations are waiting, as many as may wait")
+            raise OverloadedError(f"{_MOST_INSIDE} explanations are waiting, as many as may wait")
+        async with self._places:
+            return await self._explain(request, deadline, has_left)
+
+    async def _explain(
+        self, request: ScoreRequest, deadline: float, has_left: Callable[[], Awaitable[bool]]
+    ) -> Explained:
         arrived = time.perf_counter()
         self._n_inside += 1
         try:

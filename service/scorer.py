@@ -415,12 +415,16 @@ class DeviceThread(ThreadPoolExecutor):
     All models of a device share it: onnxruntime keeps captured CUDA graphs for each thread.
 
     `running_since`: when the present run began, on the clock of `time.perf_counter`; None between
-    two. A warm-up, which takes what it takes, is no run.
+    two. `failures`: runs in a row that failed, but for want of memory; `failing_since`: when the
+    first of them did, None where the latest run did not fail. A warm-up, which takes what it takes,
+    is no run.
     """
 
     def __init__(self) -> None:
         super().__init__(max_workers=1, thread_name_prefix="device", initializer=_step_back)
         self.running_since: float | None = None
+        self.failing_since: float | None = None
+        self.failures = 0
 
     def run(
         self, job: Callable[[*ArgumentTs], ResultT], *arguments: *ArgumentTs
@@ -431,7 +435,17 @@ class DeviceThread(ThreadPoolExecutor):
     def _run(self, job: Callable[[*ArgumentTs], ResultT], *arguments: *ArgumentTs) -> ResultT:
         self.running_since = time.perf_counter()
         try:
-            return job(*arguments)
+            result = job(*arguments)
+        except DeviceMemoryError:
+            raise
+        except Exception:
+            if not self.failures:
+                self.failing_since = time.perf_counter()
+            self.failures += 1
+            raise
+        else:
+            self.failing_since, self.failures = None, 0
+            return result
         finally:
             self.running_since = None
 

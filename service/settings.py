@@ -157,7 +157,8 @@ class Settings(BaseSettings):
     wedged_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0,
         description="Seconds after which a run of the device, or one turn of the event loop, will "
-        "not end any more: the process ends with code 75, to be started anew.",
+        "not end any more, or for which every run has failed: the process ends with code 75, to be "
+        "started anew.",
     )
     max_connections: Annotated[int, Field(ge=1)] | None = Field(
         default=None,

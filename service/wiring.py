@@ -77,7 +77,7 @@ async def running(
     )
     arms = Arms(settings, open_model, store, metrics)
     watch, watching = None, None
-    watchdog = Watchdog(lambda: arms.thread.running_since, wedged_s=settings.wedged_s)
+    watchdog = Watchdog(arms.thread, wedged_s=settings.wedged_s)
     watchdog.start()
     writing = asyncio.create_task(_write_now_and_then(metrics))
     following = None

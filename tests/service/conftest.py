@@ -112,6 +112,7 @@ def patient_settings(redis_url: str, **changes: Any) -> Settings:
             "redis_timeout_s": _TIMEOUT_S,
             "deadline_s": PATIENCE_S,
             "recommend_deadline_s": PATIENCE_S,
+            "wedged_s": 10 * PATIENCE_S,  # it would be pytest that ends
             **changes,
         }
     )

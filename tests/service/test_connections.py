@@ -25,7 +25,17 @@ from tests.service.problem_answers import assert_problem
 
 # An answer of some 400 kB: more than the buffers of a socket, where they are made small.
 LARGE = b"GET /users/ann/history?limit=10000 HTTP/1.1\r\nHost: test\r\n%b\r\n"
-SMALL = b"GET /healthz HTTP/1.1\r\nHost: test\r\n%b\r\n"
+SMALL = [
+    pytest.param(
+        b"POST %b HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body),
+        id=path.decode(),
+    )
+    for path, body in [
+        (b"/recommend", b'{"user_id": "ann", "k": 90}'),
+        (b"/explain", b'{"user_id": "ann", "candidates": [1, 2, 3]}'),
+        (b"/score", b'{"user_id": "ann", "candidates": [1, 2, 3]}'),
+    ]
+]
 N_BEHAVIORS = 10_000
 
 # Prints how many connections may be, and the limit of open files afterwards.
@@ -145,7 +155,7 @@ class TestSlowReaders:
     def slow(self, serve, redis) -> LiveService:
         """A service that cuts them off soon, and whose sockets take little."""
         redis.set("history:ann", records(*steps(*range(1, N_BEHAVIORS + 1), start=NOW)))
-        service: LiveService = serve(answer_taken_s=0.5)
+        service: LiveService = serve(answer_taken_s=0.5, explains=True)
         listening = service.server.servers[0].sockets[0].fileno()
         with socket.socket(fileno=os.dup(listening)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # theirs, too
@@ -171,13 +181,14 @@ class TestSlowReaders:
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert received.count(b'"item_id"') < N_BEHAVIORS
 
-    def test_so_are_small_ones_of_a_client_that_asks_again_and_again(self, slow):
-        with self.client(slow, SMALL % b"") as connection:
+    @pytest.mark.parametrize("request_bytes", SMALL)
+    def test_so_are_small_ones_of_a_client_that_asks_again_and_again(self, slow, request_bytes):
+        with self.client(slow, request_bytes) as connection:
             connection.settimeout(0)
 
             def asks_on() -> bool:
                 try:
-                    connection.send(SMALL % b"" * 10)
+                    connection.send(request_bytes)
                 except BlockingIOError:
                     pass
                 except (BrokenPipeError, ConnectionResetError):

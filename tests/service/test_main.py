@@ -199,6 +199,11 @@ class TestServe:
                 "nowhere.toml: cannot be read: No such file",
                 id="no keys",
             ),
+            pytest.param(
+                ["--bundle", "x", "--max-connections", "1000000000"],
+                "max_connections: 1,000,000,000 connections may need 2,000,000,128 open files",
+                id="connections",
+            ),
             pytest.param(["--bundle", "x", "--provider", "tpu"], "provider: Input", id="provider"),
         ],
     )

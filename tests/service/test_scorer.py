@@ -414,3 +414,33 @@ class TestOutOfMemory:
         with pytest.raises(DeviceMemoryError, match="1 requests with 2 candidates and 1 behaviors"):
             await scorer.explain_alone(one)
         assert sample(metrics, "mneme_device_memory_failures_total") == 1
+
+
+class TestDeviceThread:
+    """What a watchdog asks of it."""
+
+    async def test_a_run_is_told_from_the_next_and_from_none(self):
+        with DeviceThread() as device:
+            seen = []
+            for _ in range(2):
+                await device.run(lambda: seen.append(device.running_since))
+            assert None not in seen
+            assert len(set(seen)) == 2
+            assert device.running_since is None
+
+    async def test_failures_in_a_row_are_counted_but_for_want_of_memory(self):
+        def fail(error: Exception) -> None:
+            raise error
+
+        with DeviceThread() as device:
+            counts, rows = [], set()
+            for error in (ModelFailedError("a"), DeviceMemoryError("b"), ModelFailedError("c")):
+                with pytest.raises(type(error)):
+                    await device.run(fail, error)
+                counts.append(device.failures)
+                rows.add(device.failing_since)
+            await device.run(int)
+            counts.append(device.failures)
+            assert counts == [1, 1, 2, 0]
+            assert len(rows) == 1
+            assert (device.failing_since, device.running_since) == (None, None)

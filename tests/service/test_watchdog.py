@@ -22,11 +22,13 @@ class Device:
 
     def __init__(self) -> None:
         self.running_since: float | None = None
+        self.failing_since: float | None = None
+        self.failures = 0
         self.codes: list[int] = []
 
     @asynccontextmanager
     async def watched(self, wedged_s: float = 0.2) -> AsyncIterator[Watchdog]:
-        watchdog = Watchdog(lambda: self.running_since, wedged_s=wedged_s, end=self.codes.append)
+        watchdog = Watchdog(self, wedged_s=wedged_s, end=self.codes.append)
         watchdog.start()
         try:
             yield watchdog
@@ -71,6 +73,33 @@ class TestDevice:
         assert device.codes == []
 
 
+class TestFailures:
+    async def test_a_device_that_fails_every_run_ends_the_process(self):
+        device = Device()
+        async with device.watched() as watchdog:
+            device.failing_since, device.failures = 1.0, 10
+            await device.ended()
+            assert watchdog.suspects_device
+        assert device.codes == [WEDGED]
+
+    async def test_a_few_failures_do_not(self):
+        """They may be those of what was asked, and nobody has asked since."""
+        device = Device()
+        async with device.watched(0.02):
+            device.failing_since, device.failures = 1.0, 9
+            await asyncio.sleep(0.2)
+        assert device.codes == []
+
+    async def test_neither_do_many_between_successes(self):
+        device = Device()
+        async with device.watched() as watchdog:
+            for n in range(100):
+                device.failing_since, device.failures = float(n), 1000
+                await asyncio.sleep(0.005)
+                assert not watchdog.suspects_device
+        assert device.codes == []
+
+
 class TestEventLoop:
     async def test_one_that_does_not_turn_ends_the_process(self):
         device = Device()
@@ -83,9 +112,9 @@ class TestEventLoop:
 
     async def test_it_may_stop_before_it_was_started_and_after(self):
         before = set(threading.enumerate())
-        watchdog = Watchdog(lambda: None, wedged_s=1.0)
+        watchdog = Watchdog(Device(), wedged_s=1.0)
         watchdog.stop()
-        other = Watchdog(lambda: None, wedged_s=1.0)
+        other = Watchdog(Device(), wedged_s=1.0)
         other.start()
         other.stop()
         other.stop()
@@ -118,7 +147,7 @@ class TestProcess:
         assert {"status": "not ready", "redis": "up", "device": "stuck"} in seen
         (event,) = [event for event in events_of(stderr) if event["event"] == "wedged"]
         assert event["level"] == "error"
-        assert event["what"] == "device"
+        assert event["what"] == "device hangs"
         assert event["seconds"] >= 2.0
         assert "in run" in event["stacks"]["device_0"]
         assert "MainThread" in event["stacks"]
@@ -130,7 +159,7 @@ class TestProcess:
             _, stderr = service.process.communicate(timeout=PATIENCE_S)
         assert service.process.returncode == WEDGED
         (event,) = [event for event in events_of(stderr) if event["event"] == "wedged"]
-        assert event["what"] == "event loop"
+        assert event["what"] == "event loop hangs"
         assert "in hang" in event["stacks"]["MainThread"]
 
     def test_one_that_was_stopped_for_longer_goes_on(self, start):
