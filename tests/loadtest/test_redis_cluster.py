@@ -38,9 +38,9 @@ def test_sentinels_know_the_primary_and_its_replica():
     with redis_sentinels("shop") as (primary, url):
         assert url.startswith("redis+sentinel://127.0.0.1:")
         hosts = [one.split(":") for one in url.split("//")[1].split("/")[0].split(",")]
-        sentinel = Sentinel([(host, int(port)) for host, port in hosts])  # type: ignore[no-untyped-call]
-        assert sentinel.discover_master("shop") == ("127.0.0.1", primary.port)  # type: ignore[no-untyped-call]
-        assert len(sentinel.discover_slaves("shop")) == 1  # type: ignore[no-untyped-call]
+        sentinel = Sentinel([(host, int(port)) for host, port in hosts])
+        assert sentinel.discover_master("shop") == ("127.0.0.1", primary.port)
+        assert len(sentinel.discover_slaves("shop")) == 1
 
 
 def test_a_port_has_room_for_its_bus():
