@@ -26,7 +26,7 @@ from contract.errors import ContractError
 from contract.history_log import HistoryLog
 from service.api_keys import ApiKeysError, Role, described, make_key, read_keys
 from service.app import create_app
-from service.backfill import backfill
+from service.backfill import backfill, blocking_client
 from service.connections import limited_protocol, max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
@@ -37,7 +37,6 @@ from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
 from service.profile import ShapeProfile, profile, shapes_of
 from service.redis_nodes import connect
-from service.redis_url import blocking_client
 from service.settings import (
     Settings,
     SettingsError,

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from redis import Redis, RedisCluster
+from redis import ConnectionPool, Redis, RedisCluster
+from redis.cluster import ClusterNode
 from redis.exceptions import RedisClusterException, RedisError
+from redis.sentinel import Sentinel
 
 from contract.errors import RecordError
 from contract.history_log import HistoryLog
 from contract.records import decode_records
 from service.errors import HistoryUnavailableError
 from service.history import history_key
+from service.redis_url import read_redis_url, sentinel_options, takes_tls
 
 CHUNK_USERS = 500
 _MAX_ATTEMPTS = 10
@@ -31,6 +35,37 @@ class BackfillReport:
     merged: int
     unchanged: int
     corrupt: list[str]
+
+
+def blocking_client(
+    url: str, *, timeout_s: float, password_file: Path | None = None
+) -> Redis | RedisCluster:
+    """Return a client for `backfill`. Raises ValueError for a URL that is none, and
+    HistoryUnavailableError where no node of a cluster answers; others may be away at the start.
+    """
+    address = read_redis_url(url)
+    options = address.options(timeout_s=timeout_s, password_file=password_file)
+    options = address.options(timeout_s=timeout_s, password_file=password_file)
+    if address.kind == "single":
+        return Redis.from_pool(ConnectionPool(**options))
+    tls = takes_tls(options)
+    if address.kind == "cluster":
+        options.pop("db", None)
+        nodes = [ClusterNode(*host) for host in address.hosts]  # type: ignore[no-untyped-call]
+        try:
+            return RedisCluster(startup_nodes=nodes, ssl=tls, **options)
+        except (RedisError, RedisClusterException) as error:
+            raise HistoryUnavailableError(
+                f"Redis did not answer: {type(error).__name__}; no node of the cluster was found"
+            ) from error
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        address.hosts,
+        sentinel_kwargs=sentinel_options(address, options, tls=tls),
+        ssl=tls,
+        **options,
+    )
+    client: Redis = sentinel.master_for(address.service)  # type: ignore[no-untyped-call]
+    return client
 
 
 def backfill(
@@ -115,7 +150,8 @@ def _merge(
                 del pending[key]
                 continue
             # A history that was appended to since it was read is read and merged once more.
-            pipeline.eval(_REPLACE_IF_SAME, 1, key, value or b"", merged)
+            # A cluster's pipeline has no method for it.
+            pipeline.execute_command("EVAL", _REPLACE_IF_SAME, 1, key, value or b"", merged)
             written.append(key)
         for key, replaced in zip(written, pipeline.execute(), strict=True):
             if replaced:

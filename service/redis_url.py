@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
-from redis import ConnectionPool, Redis, RedisCluster
 from redis.asyncio import connection as asynchronous
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode
 from redis.connection import parse_url
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError
-from redis.sentinel import Sentinel
 
 Kind = Literal["single", "sentinel", "cluster"]
 
@@ -146,33 +143,6 @@ def read_redis_url(url: str) -> RedisAddress:
         unknown = str(error).rpartition(" ")[2]
         raise ValueError(f"redis-py has no option {unknown}") from None
     return address
-
-
-def blocking_client(
-    url: str, *, timeout_s: float, password_file: Path | None = None
-) -> Redis | RedisCluster:
-    """Return a client that blocks, for work that nobody waits for; replies are bytes.
-
-    Raises ValueError for a URL that is none.
-    """
-    address = read_redis_url(url)
-    options = address.options(timeout_s=timeout_s, password_file=password_file)
-    options = address.options(timeout_s=timeout_s, password_file=password_file)
-    if address.kind == "single":
-        return Redis.from_pool(ConnectionPool(**options))
-    tls = takes_tls(options)
-    if address.kind == "cluster":
-        options.pop("db", None)
-        nodes = [ClusterNode(*host) for host in address.hosts]  # type: ignore[no-untyped-call]
-        return RedisCluster(startup_nodes=nodes, ssl=tls, **options)
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        address.hosts,
-        sentinel_kwargs=sentinel_options(address, options, tls=tls),
-        ssl=tls,
-        **options,
-    )
-    client: Redis = sentinel.master_for(address.service)  # type: ignore[no-untyped-call]
-    return client
 
 
 def takes_tls(options: dict[str, Any]) -> bool:

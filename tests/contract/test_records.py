@@ -14,6 +14,8 @@ from contract.records import (
     check_user_id,
     decode_records,
     encode_records,
+    history_in_time_order,
+    in_time_order,
     stack_records,
 )
 
@@ -92,3 +94,29 @@ def test_stacking_no_histories_gives_no_rows():
 def test_decoding_copies_nothing():
     raw = encode_records(np.arange(1, 4), np.arange(3))
     assert not decode_records(raw).flags.owndata
+
+
+class TestTimeOrder:
+    @given(behaviors)
+    def test_records_are_sorted_by_time_and_keep_the_order_of_one_second(self, rows):
+        raw = encode_records([item for item, _ in rows], [time for _, time in rows])
+        ordered = sorted(rows, key=lambda row: row[1])
+        assert [tuple(row) for row in decode_records(history_in_time_order(raw)).tolist()] == (
+            ordered
+        )
+
+    @given(st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=5)))
+    def test_each_row_is_sorted_for_itself_and_padding_stays_on_the_left(self, users):
+        raws = [
+            encode_records([item for item, _ in rows], [time for _, time in rows]) for rows in users
+        ]
+        ordered = [
+            encode_records([item for item, _ in rows], [time for _, time in rows])
+            for rows in (sorted(rows, key=lambda row: row[1]) for rows in users)
+        ]
+        stacked, expected = stack_records(raws, 6), stack_records(ordered, 6)
+        assert in_time_order(stacked).tolist() == expected.tolist()
+
+    def test_what_is_in_order_is_not_copied(self):
+        stacked = stack_records([encode_records([1, 2], [10, 20])], 3)
+        assert in_time_order(stacked) is stacked

@@ -1,6 +1,7 @@
 """The real redis-server as a child process: there during the block, gone after it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,13 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from loadtest.redis_server import RedisServerError, find_redis_server, free_port, redis_server
+from loadtest.redis_server import (
+    RedisServerError,
+    find_redis_server,
+    free_port,
+    redis_process,
+    redis_server,
+)
 
 
 def pid_of(url: str) -> int:
@@ -131,3 +138,20 @@ def test_a_machine_without_the_binary_is_told_what_to_install():
 
 def test_a_free_port_can_be_listened_on():
     assert 1024 <= free_port() <= 65_535
+
+
+def test_a_process_is_gone_after_the_block_even_when_it_was_paused():
+    with redis_process() as process:
+        pid = pid_of(process.url)
+        process.send_signal(signal.SIGSTOP)
+    assert is_gone(pid)
+
+
+def test_a_process_that_was_killed_is_started_again_on_its_port_with_its_file():
+    with redis_process(None, "--appendonly", "yes", "--appendfsync", "always") as process:
+        with Redis(port=process.port) as client:
+            client.set("a", "b")
+        process.kill()
+        process.start()
+        with Redis(port=process.port) as client:
+            assert client.get("a") == b"b"

@@ -112,6 +112,88 @@ class TestRepetition:
         assert service.metric("mneme_events_total", outcome="refused") == 2
 
 
+class TestIdempotencyKey:
+    @pytest.fixture
+    def post(self, service) -> Callable[..., Any]:
+        def call(key: str, body: dict[str, Any]) -> Any:
+            return service.client.post("/events", json=body, headers={"Idempotency-Key": key})
+
+        return call
+
+    def test_a_repetition_without_a_time_appends_nothing_and_is_answered_alike(self, post, redis):
+        body = {"events": [{"user_id": "ann", "item_id": 1}, {"user_id": "bob", "item_id": 2}]}
+        first, again = post("k", body), post("k", body)
+        assert outcome(first) == (2, 0)
+        assert again.json() == first.json()
+        assert redis.strlen("history:ann") == redis.strlen("history:bob") == 12
+
+    def test_another_body_is_answered_422_and_nothing_is_appended(self, post, redis):
+        post("k", {"user_id": "ann", "item_id": 1})
+        answer = post("k", {"user_id": "bob", "item_id": 1})
+        problem = assert_problem(answer, 422, "idempotency-key-reused")
+        assert problem["detail"].startswith("Idempotency-Key: it came with another body")
+        assert redis.get("history:bob") is None
+
+    def test_white_space_and_order_are_no_other_body(self, service, post, redis):
+        assert outcome(post("k", {"user_id": "ann", "item_id": 1})) == (1, 0)
+        answer = service.client.post(
+            "/events",
+            content=b'{ "item_id":1,\n"user_id" : "ann" }',
+            headers={"Idempotency-Key": "k"},
+        )
+        assert outcome(answer) == (1, 0)
+        assert redis.strlen("history:ann") == 12
+
+    @pytest.mark.parametrize("key", ["", "a b", "x" * 257, "\u00e9"], ids=repr)
+    def test_what_is_no_key_is_named(self, service, redis, key):
+        answer = service.client.post(
+            "/events",
+            json={"user_id": "ann", "item_id": 1},
+            headers={"Idempotency-Key": key.encode("latin-1")},
+        )
+        assert_invalid(answer, "idempotency-key", "String should match pattern")
+        assert redis.keys() == []
+
+    def test_a_structured_string_is_a_key(self, post):
+        """As the draft of the IETF writes it."""
+        body = {"user_id": "ann", "item_id": 1}
+        assert outcome(post('"8e03978e-40d5-43dd-bc93-6894a57f9324"', body)) == (1, 0)
+
+    def test_what_was_appended_earlier_counts_as_duplicate(self, serve):
+        service = serve()
+        for _ in range(3):
+            service.client.post(
+                "/events",
+                json={"user_id": "ann", "item_id": 1},
+                headers={"Idempotency-Key": "k"},
+            )
+        assert service.metric("mneme_events_total", outcome="appended") == 1
+        assert service.metric("mneme_events_total", outcome="duplicate") == 2
+
+
+class TestLateEvents:
+    """They are stored when they come, and read where they belong."""
+
+    def test_a_score_reads_them_by_time(self, service):
+        service.events(("ann", 7, NOW), ("ann", 5, NOW - 100))
+        (score,) = service.scores("ann", [1], ranking_time=NOW)
+        assert score == score_of(1, behaviors=2, oldest=5)
+
+    def test_so_does_the_history_page(self, service, redis):
+        service.events(("ann", 7, NOW), ("ann", 5, NOW - 100), ("ann", 6, NOW - 100))
+        found = service.client.get("/users/ann/history").json()["behaviors"]
+        assert [one["item_id"] for one in found] == [5, 6, 7]
+        assert redis.get("history:ann") == records((7, NOW), (5, NOW - 100), (6, NOW - 100))
+
+    def test_so_does_an_explanation(self, serve):
+        service = serve(explains=True)
+        service.events(("ann", 7, NOW), ("ann", 5, NOW - 100))
+        body = {"user_id": "ann", "candidates": [1], "ranking_time": NOW}
+        found = service.client.post("/explain", json=body).json()
+        assert [one["item_id"] for one in found["behaviors"]] == [5, 7]
+        assert found["candidates"][0]["score"] == service.scores("ann", ranking_time=NOW)[0]
+
+
 class TestCorruptHistories:
     @pytest.mark.parametrize("value", [b"x", b"\x01" * (12 * KEEP + 1)], ids=["short", "long"])
     def test_the_value_stays_and_other_users_are_served(self, service, redis, value):

@@ -6,8 +6,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from service.errors import CorruptHistoryError, HistoryUnavailableError
-from service.history import Appended, HistoryStore, history_key
+from service.errors import (
+    CorruptHistoryError,
+    HistoryUnavailableError,
+    IdempotencyKeyReusedError,
+)
+from service.history import Appended, HistoryStore, Idempotency, history_key
 from service.redis_nodes import connect
 from tests.service.dummy_model import HISTORY_LENGTH as KEEP
 from tests.service.histories import records, steps
@@ -196,6 +200,103 @@ class TestAppend:
         finally:
             redis.config_set("maxmemory", 0)
         assert await store.append({"ann": records((1, 10))}) == {"ann": Appended(count=1)}
+
+
+ONE = Idempotency.of("one", b"the body")
+
+
+class TestIdempotencyKey:
+    async def test_the_same_call_again_appends_nothing_and_gets_the_same_answer(self, store, redis):
+        first = await store.append(
+            {"ann": records((1, 10)), "bob": records((2, 20))}, idempotency=ONE
+        )
+        # Without a time, a repetition's is another.
+        again = await store.append(
+            {"ann": records((1, 11)), "bob": records((2, 21))}, idempotency=ONE
+        )
+        assert first == {"ann": Appended(count=1), "bob": Appended(count=1)}
+        assert again == {
+            "ann": Appended(count=1, earlier=True),
+            "bob": Appended(count=1, earlier=True),
+        }
+        assert redis.get(ANN) == records((1, 10))
+
+    async def test_another_body_is_refused_before_anything_is_appended(self, store, redis):
+        await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        other = Idempotency.of("one", b"another body")
+        with pytest.raises(IdempotencyKeyReusedError, match="another body"):
+            await store.append({"bob": records((2, 20))}, idempotency=other)
+        assert redis.get("history:bob") is None
+
+    async def test_another_key_is_another_call(self, store):
+        await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        other = Idempotency.of("two", b"the body")
+        outcome = await store.append({"ann": records((1, 11))}, idempotency=other)
+        assert outcome == {"ann": Appended(count=1)}
+
+    async def test_what_is_known_by_what_it_is_is_not_appended_with_a_key_either(self, store):
+        await store.append({"ann": records((1, 10))})
+        outcome = await store.append({"ann": records((1, 10), (2, 20))}, idempotency=ONE)
+        assert outcome == {"ann": Appended(count=1)}
+        again = await store.append({"ann": records((1, 10), (2, 20))}, idempotency=ONE)
+        assert again == {"ann": Appended(count=1, earlier=True)}
+
+    async def test_a_call_that_served_some_users_serves_the_others_when_repeated(
+        self, store, redis
+    ):
+        redis.set("history:bob", b"broken")
+        both = {"ann": records((1, 10)), "bob": records((2, 20))}
+        first = await store.append(both, idempotency=ONE)
+        assert first["ann"] == Appended(count=1)
+        assert isinstance(first["bob"], CorruptHistoryError)
+        redis.delete("history:bob")
+        assert await store.append(both, idempotency=ONE) == {
+            "ann": Appended(count=1, earlier=True),
+            "bob": Appended(count=1),
+        }
+
+    async def test_what_memory_refused_is_appended_when_there_is_some(self, store, redis):
+        redis.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(HistoryUnavailableError, match="OOM"):
+                await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        finally:
+            redis.config_set("maxmemory", 0)
+        assert await store.append({"ann": records((1, 10))}, idempotency=ONE) == {
+            "ann": Appended(count=1)
+        }
+
+    async def test_simultaneous_repetitions_append_once(self, store, redis):
+        outcomes = await asyncio.gather(
+            *(store.append({"ann": records((1, n))}, idempotency=ONE) for n in range(20))
+        )
+        assert sorted(outcome["ann"].earlier for outcome in outcomes) == [False] + [True] * 19
+        assert redis.strlen(ANN) == 12
+
+    async def test_keys_are_known_for_their_life_and_cost_bounded_memory(self, redis_url, redis):
+        store = HistoryStore(
+            connect(redis_url, timeout_s=5.0), prefix="history", keep=KEEP, idempotency_life_s=50.0
+        )
+        await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        await store.close()
+        keys = sorted(redis.keys("mneme-idempotency:*"))
+        assert len(keys) == 2
+        assert all(0 < redis.ttl(key) <= 50 for key in keys)
+        assert sum(redis.memory_usage(key) for key in keys) < 400
+        assert redis.ttl(ANN) == -1
+
+    async def test_a_key_whose_life_is_over_may_come_with_another_body(self, store, redis):
+        await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        claim = next(key for key in redis.keys("mneme-idempotency:*") if b"{" not in key)
+        redis.delete(claim)  # it began to live a moment before the others
+        other = Idempotency.of("one", b"another body")
+        outcome = await store.append({"ann": records((2, 20))}, idempotency=other)
+        assert outcome == {"ann": Appended(count=1)}
+
+    async def test_they_are_nobodys_history(self, store):
+        await store.append({"ann": records((1, 10))}, idempotency=ONE)
+        assert await store.some_users(50) == ["ann"]
 
 
 class TestAway:

@@ -6,7 +6,8 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError
 
-from service.redis_url import PasswordFile, blocking_client, read_redis_url
+from service.backfill import blocking_client
+from service.redis_url import PasswordFile, read_redis_url
 
 SECRET = "s3cret"
 SENTINELS = (("h1", 26379), ("h2", 5))
