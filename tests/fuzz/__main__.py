@@ -40,6 +40,7 @@ def main() -> int:
                 seed=chosen.seed + rounds,
             )
             executions, rounds, crashes = executions + run.executions, rounds + 1, run.crashes
+            print(f"{target}: {executions:,} executions", file=sys.stderr)
             if crashes:
                 print(run.output, file=sys.stderr)
         found[target] = {
