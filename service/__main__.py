@@ -18,6 +18,7 @@ from typing import get_args
 
 import uvicorn
 from fastapi import FastAPI
+from redis.exceptions import AuthenticationError
 from tqdm import tqdm
 from uvicorn.supervisors import Multiprocess
 
@@ -37,6 +38,7 @@ from service.metrics import FOLDER_VARIABLE
 from service.model import Model, OnnxModel
 from service.profile import ShapeProfile, profile, shapes_of
 from service.redis_nodes import connect
+from service.redis_url import PasswordFile
 from service.settings import (
     Settings,
     SettingsError,
@@ -79,6 +81,7 @@ def _serve(arguments: list[str]) -> int:
         except ModuleNotFoundError as error:
             raise SettingsError("tracing: otel needs the extra `otel`: mneme[otel]") from error
     refuse_open_doors(settings)
+    _read_password_file(settings)
     _configure_logs(settings)
     # With several workers this is a rehearsal: what refuses to start must not start again and
     # again in each of them.
@@ -122,6 +125,16 @@ def _configure_logs(settings: Settings) -> None:
         style=settings.log_format,
         personal_data=settings.log_personal_data,
     )
+
+
+def _read_password_file(settings: Settings) -> None:
+    """Refuse a file that is not there at once; later, a connection without it only fails."""
+    path = settings.redis_password_file
+    if path is not None:
+        try:
+            PasswordFile(path, None).get_credentials()
+        except AuthenticationError as error:
+            raise SettingsError(f"redis_password_file: {path}: {error}") from error
 
 
 def _experiment(settings: Settings) -> Experiment:
@@ -168,6 +181,7 @@ def _backfill(arguments: list[str]) -> int:
     flags = vars(parser.parse_args(arguments))
     log = HistoryLog(flags.pop("log"))
     settings: Settings = read_settings(flags)
+    _read_password_file(settings)
     arms = _experiment(settings).arms.values()
     keep = max(
         arm.history_length or read_manifest(arm.bundle).features.history_length for arm in arms

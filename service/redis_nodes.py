@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -143,6 +143,7 @@ class _Lane:
         """Close what is open: there is nothing to ask for at present."""
         self.breaker = CircuitBreaker(on_change=self._tell)
         self._state.set(BreakerState.CLOSED)
+        self._opened = None
         await self._pool.disconnect()
 
     async def close(self) -> None:
@@ -367,8 +368,9 @@ class RedisNodes:
         One round trip for each node, and more where slots move or connections are lost. Whatever is
         asked may reach Redis twice. `timeout_s`: where less than what the nodes were made with.
         """
-        loop = asyncio.get_running_loop()
-        until = loop.time() + min(self._timeout_s, timeout_s)
+        if not asked:
+            return []
+        until = asyncio.get_running_loop().time() + min(self._timeout_s, timeout_s)
         topology = self._topology
         if isinstance(topology, _OneNode):
             commands = [of_key for _, of_key in asked]
@@ -453,34 +455,41 @@ class RedisNodes:
         self, lane: _Lane, commands: bytes, n_replies: int, operation: Operation, until: float
     ) -> Replies:
         breaker = lane.breaker
-        failure: Exception | None = None
-        for repetition in range(1 + _MAX_REPETITIONS):
-            if failure is not None and not await self._pause(operation, repetition - 1, until):
-                break
-            try:
-                replies = await lane.exchange(commands, n_replies, until)
-            except (RedisConnectionError, ReadOnlyError) as error:
-                failure = error
-                if isinstance(error, AuthenticationError | BusyLoadingError):
-                    break
-            except _FAILURES as error:
-                failure = error
-                break
-            except BaseException:
-                breaker.gave_up()
-                raise
-            else:
-                if isinstance(replies[0], ClusterDownError):  # MASTERDOWN is one
-                    failure = replies[0]
-                    break
-                breaker.succeeded()
-                return replies
+        try:
+            outcome = await self._repeated(lane, commands, n_replies, operation, until)
+        except BaseException:
+            breaker.gave_up()
+            raise
+        if isinstance(outcome, list):
+            breaker.succeeded()
+            return outcome
         self._topology.suspect()
-        if isinstance(failure, ReadOnlyError):
+        if isinstance(outcome, ReadOnlyError):
             breaker.gave_up()  # it can be read
         else:
-            breaker.failed(type(failure).__name__)
-        return HistoryUnavailableError(f"Redis did not answer: {type(failure).__name__}")
+            breaker.failed(type(outcome).__name__)
+        return HistoryUnavailableError(f"Redis did not answer: {type(outcome).__name__}")
+
+    async def _repeated(
+        self, lane: _Lane, commands: bytes, n_replies: int, operation: Operation, until: float
+    ) -> list[Any] | Exception:
+        """Return the replies, or the last failure."""
+        for repetition in count():
+            try:
+                replies = await lane.exchange(commands, n_replies, until)
+            except (AuthenticationError, BusyLoadingError) as error:
+                return error  # both are lost connections to redis-py
+            except (RedisConnectionError, ReadOnlyError) as error:
+                if repetition == _MAX_REPETITIONS or not await self._pause(
+                    operation, repetition, until
+                ):
+                    return error
+            except _FAILURES as error:
+                return error
+            else:
+                # MASTERDOWN is a kind of it.
+                return replies[0] if isinstance(replies[0], ClusterDownError) else replies
+        raise AssertionError("unreachable")
 
     async def _pause(self, operation: Operation, repetition: int, until: float) -> bool:
         """Wait for a moment; return whether there is time for that and for more."""

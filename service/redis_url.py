@@ -60,7 +60,14 @@ class RedisAddress:
         """Return the options of a connection for asyncio; it repeats nothing by itself."""
         given = dict(asynchronous.parse_url(self.node_url))
         options = self._completed(given, timeout_s, password_file)
-        return {"retry": AsyncRetry(NoBackoff(), 0), **options}
+        return {
+            "retry": AsyncRetry(NoBackoff(), 0),
+            # Without a word of greeting: a connection is of use as soon as it stands. (A client
+            # that blocks must be greeted: it takes what TLS sends first for an answer.)
+            "protocol": 2,
+            "driver_info": None,
+            **options,
+        }
 
     def _completed(
         self, given: dict[str, Any], timeout_s: float, password_file: Path | None
@@ -68,9 +75,6 @@ class RedisAddress:
         options = {
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
-            # Neither needs a word of greeting: a connection is of use as soon as it stands.
-            "protocol": 2,
-            "driver_info": None,
             **given,
         }
         if self.kind != "single":

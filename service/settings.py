@@ -194,7 +194,7 @@ class Settings(BaseSettings):
     idempotency_life_s: Annotated[float, Field(gt=0)] = Field(
         default=3600.0,
         description="Seconds for which an Idempotency-Key of POST /events is known; Redis keeps "
-        "some 300 bytes for each.",
+        "some 400 bytes for each.",
     )
 
     @model_validator(mode="after")

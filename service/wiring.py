@@ -97,6 +97,8 @@ async def running(
             )
             await watch.load()
             watching = asyncio.create_task(watch.run())
+        # The first request finds a connection, and need not wait for one to be made.
+        await store.is_ready()
         # What is there by now stays: no collection need look at it again. Requests leave no cycles
         # behind, so that looking for some can wait.
         gc.collect()

@@ -195,7 +195,7 @@ class TestAppend:
     async def test_a_redis_that_refuses_to_write_is_away(self, store, redis):
         redis.config_set("maxmemory", 1)
         try:
-            with pytest.raises(HistoryUnavailableError, match=r"Redis refused to write: .*OOM"):
+            with pytest.raises(HistoryUnavailableError, match="used memory > 'maxmemory'"):
                 await store.append({"ann": records((1, 10))})
         finally:
             redis.config_set("maxmemory", 0)
@@ -258,7 +258,7 @@ class TestIdempotencyKey:
     async def test_what_memory_refused_is_appended_when_there_is_some(self, store, redis):
         redis.config_set("maxmemory", 1)
         try:
-            with pytest.raises(HistoryUnavailableError, match="OOM"):
+            with pytest.raises(HistoryUnavailableError, match="used memory > 'maxmemory'"):
                 await store.append({"ann": records((1, 10))}, idempotency=ONE)
         finally:
             redis.config_set("maxmemory", 0)

@@ -559,6 +559,14 @@ class TestBackfill:
         assert main(["backfill", str(log), *flags]) == 2
         assert "redis_url" in one_line(capsys.readouterr().err)
 
+    def test_a_password_file_that_is_not_there_is_one_line(self, backfill, capsys, good_bundle):
+        flags = ["--bundle", str(good_bundle), "--redis-password-file", "nowhere"]
+        assert main(flags) == 2
+        line = one_line(capsys.readouterr().err)
+        assert "redis_password_file: nowhere: the password file cannot be read: File" in line
+        assert backfill({"ann": steps(1)}, **{"redis-password-file": "nowhere"}) == 2
+        assert line == one_line(capsys.readouterr().err)
+
     def test_a_redis_that_is_away_is_an_error(self, backfill, capsys, away_url):
         assert backfill({"ann": steps(1)}, **{"redis-url": away_url}) == 2
         assert "error: Redis did not answer: " in capsys.readouterr().err
