@@ -21,7 +21,8 @@ from contract.errors import ContractError
 from contract.history_log import HistoryLog
 from service.app import create_app
 from service.backfill import backfill
-from service.connections import limited_protocol, max_connections
+from service.connections import limited_protocol
+from service.descriptors import max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore, connect
