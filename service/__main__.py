@@ -28,7 +28,8 @@ from contract.history_log import HistoryLog
 from service.api_keys import ApiKeysError, Role, described, make_key, read_keys
 from service.app import create_app
 from service.backfill import backfill, blocking_client
-from service.connections import limited_protocol, max_connections
+from service.connections import limited_protocol
+from service.descriptors import max_connections
 from service.errors import ServiceError
 from service.experiment import Experiment, ExperimentError, read_experiment
 from service.history import HistoryStore

@@ -3,10 +3,7 @@
 import asyncio
 import os
 import re
-import resource
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +13,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.connections import max_connections
-from service.settings import Settings, SettingsError
 from tests.service.dummy_process import dummy_process
 from tests.service.histories import NOW, records, steps
 from tests.service.live_service import PATIENCE_S, LiveService, wait_until
@@ -37,56 +32,6 @@ SMALL = [
     ]
 ]
 N_BEHAVIORS = 10_000
-
-# Prints how many connections may be, and the limit of open files afterwards.
-ASK = """
-import resource, sys
-from pathlib import Path
-from service.connections import max_connections
-from service.settings import Settings
-soft, hard, asked = (int(one) if one != "None" else None for one in sys.argv[1:])
-resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-print(max_connections(Settings(bundle=Path("b"), max_connections=asked)))
-print(resource.getrlimit(resource.RLIMIT_NOFILE))
-"""
-
-
-def asked_with(soft: int, hard: int, connections: int | None) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", ASK, str(soft), str(hard), str(connections)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-
-
-class TestMaxConnections:
-    @pytest.mark.parametrize(
-        ("soft", "hard", "connections", "most", "limit"),
-        [
-            pytest.param(256, 20_000, None, 2048, 4224, id="as many as usual"),
-            pytest.param(256, 1128, None, 500, 1128, id="as many as fit"),
-            pytest.param(256, 20_000, 100, 100, 328, id="as many as asked for"),
-            pytest.param(10_000, 20_000, 100, 100, 10_000, id="the limit is never lowered"),
-        ],
-    )
-    def test_the_limit_of_open_files_is_raised_as_far_as_needed(
-        self, soft, hard, connections, most, limit
-    ):
-        done = asked_with(soft, hard, connections)
-        assert done.stdout.splitlines() == [str(most), str((limit, hard))], done.stderr
-
-    def test_more_than_can_ever_fit_are_refused(self):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert hard != resource.RLIM_INFINITY, "Linux has a limit"
-        settings = Settings(bundle=Path("b"), max_connections=hard)
-        message = (
-            rf"max_connections: {hard:,} connections may need {2 * hard + 128:,} open files, and "
-            rf"the limit of this process is {hard:,} \(ulimit -Hn\)"
-        )
-        with pytest.raises(SettingsError, match=message):
-            max_connections(settings)
 
 
 @contextmanager
