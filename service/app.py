@@ -9,16 +9,19 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import api, browse, problems, site
+from service import admin, api, browse, problems, site
 from service.body_limit import BodyLimit
 from service.errors import ServiceError
+from service.experiment import Experiment
 from service.history import HistoryStore
 from service.logs import log_event
 from service.model import Model
 from service.request_log import RequestLog, ids_of
 from service.score_endpoint import score_endpoint
 from service.settings import Settings
+from service.supervised import Supervised
 from service.titles import read_titles
+from service.wanted import wanted_experiment
 from service.wiring import ARM, running
 
 _log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ _ROUTES = frozenset(
     {
         *("/", "/score", "/recommend", "/explain", "/events", "/models", "/experiments"),
         *("/users/sample", "/items/sample", "/healthz", "/readyz", "/metrics"),
+        *("/admin/status", "/admin/reload"),
     }
 )
 _HISTORY_ROUTE = "/users/{user_id}/history"
@@ -35,26 +39,37 @@ def create_app(
     settings: Settings,
     open_model: Callable[[Path], Model],
     *,
+    experiment: Experiment | None = None,
     history: HistoryStore | None = None,
+    supervised: Supervised | None = None,
 ) -> FastAPI:
-    """Return the application that serves what the settings name.
+    """Return the application that serves an experiment, by default what the settings name.
 
-    `open_model`: loads a bundle. `history`: replaces the store of the settings. Raises
-    SettingsError where the file of titles cannot be read.
+    `open_model`: loads a bundle. `history`: replaces the store of the settings. `supervised`: what
+    the supervisor says meanwhile, where there is one. Raises SettingsError where the file of titles
+    cannot be read, BundleError or ExperimentError where what the settings name cannot.
     """
+    experiment = experiment or wanted_experiment(settings)
+    supervised = supervised or Supervised()
     titles = read_titles(settings.titles)
 
     requests = RequestLog(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(settings, open_model, titles=titles, history=history) as services:
+        async with running(
+            settings,
+            experiment,
+            open_model,
+            supervised=supervised,
+            titles=titles,
+            history=history,
+        ) as services:
             app.state.services = services
-            arms = {arm.name: arm.metrics.version for arm in services.arms}
-            log_event(_log, logging.INFO, "service-started", arms=arms)
+            if supervised.serving:
+                services.arms.show(is_served=True)
             yield
         await requests.close()
-        log_event(_log, logging.INFO, "service-stopped")
 
     app = _App(
         title="Mneme",
@@ -63,13 +78,14 @@ def create_app(
     )
     app.include_router(api.router)
     app.include_router(browse.router)
+    app.include_router(admin.router)
     site.install(app)
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
-    app.add_middleware(_AlwaysAnswer, requests=requests)
+    app.add_middleware(_AlwaysAnswer, requests=requests, supervised=supervised)
     limited = BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes)
-    app.score = _AlwaysAnswer(limited, requests=requests)
+    app.score = _AlwaysAnswer(limited, requests=requests, supervised=supervised)
     return app
 
 
@@ -114,9 +130,10 @@ class _AlwaysAnswer:
     Every answer says the ids of its request.
     """
 
-    def __init__(self, app: ASGIApp, *, requests: RequestLog) -> None:
+    def __init__(self, app: ASGIApp, *, requests: RequestLog, supervised: Supervised) -> None:
         self._app = app
         self._requests = requests
+        self._supervised = supervised
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -139,7 +156,11 @@ class _AlwaysAnswer:
                     arm=arm.name if arm else "",
                     version=arm.metrics.version if arm else "",
                 )
-                message["headers"] = [*message["headers"], *context.headers]
+                message["headers"] = [
+                    *message["headers"],
+                    *context.headers,
+                    *self._supervised.closing,
+                ]
             await send(message)
 
         try:

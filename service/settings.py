@@ -32,14 +32,13 @@ class Settings(BaseSettings):
     )
 
     bundle: Path | None = Field(
-        default=None, description="Folder of the bundle to serve; the one arm is named main."
+        default=None,
+        description="Folder of the bundle to serve, or a pointer file that names it; the one arm "
+        "is named main.",
     )
     experiments: Path | None = Field(
         default=None,
-        description="TOML file of arms, in place of one bundle; a change of it is applied at once.",
-    )
-    experiments_poll_s: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="Seconds between two looks at the experiments file."
+        description="TOML file of arms, in place of one bundle.",
     )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
@@ -126,6 +125,20 @@ class Settings(BaseSettings):
         default="off",
         description="Spans for OpenTelemetry, which needs the extra `otel`; its own OTEL_ "
         "variables say where to.",
+    )
+    reload_poll_s: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="Seconds between two looks at the experiments file, the pointer file and the "
+        "bundles; what has changed is served by new processes.",
+    )
+    drain_s: Annotated[float, Field(ge=0)] = Field(
+        default=5.0,
+        description="Seconds for which a service that was told to end says so and serves on, and "
+        "for which replaced processes wait for their clients to leave.",
+    )
+    wedged_s: Annotated[float, Field(gt=0)] = Field(
+        default=10.0,
+        description="Seconds without a sign of life after which a worker is killed and replaced.",
     )
 
     @model_validator(mode="after")

@@ -1,19 +1,18 @@
 """The composition root: what the application is made of, built in one place."""
 
-import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.arms import Arms
 from service.experiment import Experiment
-from service.experiment_watch import ExperimentWatch
 from service.history import HistoryStore, connect
 from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
+from service.supervised import Supervised
 
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
 USABLE_SHARE = 0.85
@@ -29,14 +28,12 @@ _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The collaborators that the routes use. `watch`: None where one bundle is served. `titles`: of
-    items, for people.
-    """
+    """The collaborators that the routes use. `titles`: of items, for people."""
 
     settings: Settings
     history: HistoryStore
     arms: Arms
-    watch: ExperimentWatch | None
+    supervised: Supervised
     metrics: Metrics
     titles: Mapping[int, str]
 
@@ -44,8 +41,10 @@ class Services:
 @asynccontextmanager
 async def running(
     settings: Settings,
+    experiment: Experiment,
     open_model: Callable[[Path], Model],
     *,
+    supervised: Supervised,
     titles: Mapping[int, str],
     history: HistoryStore | None = None,
 ) -> AsyncIterator[Services]:
@@ -56,21 +55,9 @@ async def running(
         prefix=settings.key_prefix,
         keep=1,  # the arms say how many
     )
-    arms = Arms(settings, open_model, store, metrics)
-    watch, watching = None, None
+    arms = Arms(settings, experiment, open_model, store, metrics)
     try:
-        if settings.bundle is not None:
-            await arms.apply(Experiment.of_bundle(settings.bundle))
-        else:
-            assert settings.experiments is not None, "the settings name one or the other"
-            watch = ExperimentWatch(
-                settings.experiments,
-                apply=arms.apply,
-                poll_s=settings.experiments_poll_s,
-                metrics=metrics,
-            )
-            await watch.load()
-            watching = asyncio.create_task(watch.run())
+        await arms.start()
         # What is there by now stays: no collection need look at it again. Requests leave no cycles
         # behind, so that looking for some can wait.
         gc.collect()
@@ -80,14 +67,10 @@ async def running(
             settings=settings,
             history=store,
             arms=arms,
-            watch=watch,
+            supervised=supervised,
             metrics=metrics,
             titles=titles,
         )
     finally:
-        if watching is not None:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
         await arms.close()
         await store.close()

@@ -104,7 +104,7 @@ def test_a_redis_that_goes_away_fires_its_alert_and_no_alert_of_the_service(watc
     assert "MnemeRedisAway" not in prometheus.firing()
     watched.redis.stop()
     wait_until(lambda: "MnemeRedisAway" in prometheus.firing(), "Redis is away")
-    assert not {"MnemeDown", "MnemeQueueFull", "MnemeExperimentRefused"} & prometheus.firing()
+    assert not {"MnemeDown", "MnemeQueueFull", "MnemeReloadRefused"} & prometheus.firing()
     watched.redis.start()
     wait_until(lambda: "MnemeRedisAway" not in prometheus.firing(), "Redis is back")
 
