@@ -137,8 +137,8 @@ class Settings(BaseSettings):
         "for which replaced processes wait for their clients to leave.",
     )
     wedged_s: Annotated[float, Field(gt=0)] = Field(
-        default=10.0,
-        description="Seconds without a sign of life after which a worker is killed and replaced.",
+        default=30.0,
+        description="Seconds without a sign of life after which a worker is replaced.",
     )
 
     @model_validator(mode="after")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contract.errors import ContractError
+from service.closing import refuse_new_connections
 from service.control import HEARTBEAT_S, Link
 from service.experiment import ExperimentError
-from service.listening import refuse_new_connections
 from service.logs import log_event
 from service.metrics import SupervisorMetrics, fold_ended_process
 from service.schemas import ReloadStatus, Status, WorkerStatus
@@ -34,6 +34,9 @@ _SERVING_WITHIN_S = 10.0
 _SHORT_LIFE_S = 10.0
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
+# A worker that notices by itself that it is wedged can say where, and ends with this status.
+_WEDGED = os.EX_TEMPFAIL
+_LAST_WORDS_S = 5.0
 # For those who connected before nobody may any more: accepted by then, and answered.
 _QUEUE_S = 0.1
 _LAST_CONNECTIONS_S = 1.0
@@ -61,7 +64,7 @@ class _Worker:
         self.ready: asyncio.Future[None] = loop.create_future()
         self.serving: asyncio.Future[None] = loop.create_future()
         self.ended = asyncio.Event()
-        self.was_wedged = False
+        self.is_wedged = False
         self._process = process
         self._reason: str | None = None
 
@@ -102,6 +105,7 @@ class _Worker:
     async def wait(self) -> str:
         """Return how it ended."""
         status = await self._process.wait()
+        self.is_wedged = self.is_wedged or status == _WEDGED
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         refusal = RefusedError(self._reason or f"a worker ended with {how} before it could serve")
         for future in (self.ready, self.serving):
@@ -248,7 +252,7 @@ class Supervisor:
         # One that has never been ready is awaited by those who started it.
         if worker.generation == self._generation and worker.state in ("ready", "serving"):
             self._short_lives = self._short_lives + 1 if worker.lived_s < _SHORT_LIFE_S else 0
-            reason = "wedged" if worker.was_wedged else "ended"
+            reason = "wedged" if worker.is_wedged else "ended"
             self._metrics.worker_restarts.labels(reason).inc()
             log_event(_log, logging.ERROR, "worker-ended", worker=worker.pid, how=how)
             task = asyncio.create_task(self._replace())
@@ -286,9 +290,9 @@ class Supervisor:
                 if slept_s > wedged_s / 2 + HEARTBEAT_S:
                     # This process was stopped itself: what was said meanwhile is still unread.
                     worker.heard = now
-                elif worker.state != "starting" and now - worker.heard > wedged_s:
+                elif worker.state != "starting" and now - worker.heard > wedged_s + _LAST_WORDS_S:
                     log_event(_log, logging.ERROR, "worker-wedged", worker=worker.pid)
-                    worker.was_wedged = True
+                    worker.is_wedged = True
                     worker.kill()
 
     # Reloads

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -49,9 +49,10 @@ _ResultT = TypeVar("_ResultT")
 class _Server(uvicorn.Server):
     """A server that listens to the supervisor and not to signals."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, state: Mapping[str, Any]) -> None:
         super().__init__(config)
         self.accepting = asyncio.Event()
+        self._state = state
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,7 +60,8 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept connections."""
+        """Begin to accept connections, which know the state that the lifespan has yielded."""
+        self.lifespan.state.update(self._state)
         await super().startup(sockets)
         self.accepting.set()
 
@@ -90,10 +92,10 @@ class _Worker:
         tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
         try:
             app = await self._open(await self._started)
-            async with app.router.lifespan_context(app):
+            async with app.router.lifespan_context(app) as state:
                 self._link.say("ready")
                 await self._may_accept.wait()
-                await self._serve(app)
+                await self._serve(app, state or {})
         except (ContractError, ExperimentError, ServiceError, SettingsError) as error:
             self._link.say("failed", reason=str(error))
             return 1
@@ -145,8 +147,8 @@ class _Worker:
             _rise()
         return app
 
-    async def _serve(self, app: "FastAPI") -> None:
-        server = _Server(_server_config(app))
+    async def _serve(self, app: "FastAPI", state: Mapping[str, Any]) -> None:
+        server = _Server(_server_config(app), state)
         serving = asyncio.create_task(server.serve(sockets=self._listeners))
         accepting = asyncio.create_task(server.accepting.wait())
         await asyncio.wait((serving, accepting), return_when=asyncio.FIRST_COMPLETED)

@@ -216,7 +216,7 @@ class TestWorkers:
         assert (event["worker"], event["how"]) == (killed, "signal 9")
 
     def test_one_that_gives_no_sign_of_life_is_replaced(self, start):
-        with start("--wedged-s", "3") as service:
+        with start("--wedged-s", "2") as service:
             before = service.serving()
             stopped = max(before)
             os.kill(stopped, signal.SIGSTOP)
