@@ -1,11 +1,11 @@
 """What supervisor and worker say to each other: JSON objects, one a line, over a pair of sockets.
 
 The supervisor says                     The worker says
-start   experiment, background          ready      everything is open and warm
-accept                                  serving    connections are accepted
-status  status                          alive      once in HEARTBEAT_S, by the event loop
-drain                                   failed     reason: it cannot serve, and ends
-leave   within_s                        reload     somebody asked for it by HTTP
+accept                                  ready      everything is open and warm
+status  status                          serving    connections are accepted
+drain                                   alive      once in HEARTBEAT_S, by the event loop
+leave   within_s                        failed     reason: it cannot serve, and ends
+                                        reload     somebody asked for it by HTTP
 """
 
 import asyncio

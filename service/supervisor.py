@@ -6,6 +6,7 @@ crash with.
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ from service.wanted import Wanted, read_wanted
 
 # Opening the largest of bundles on a busy machine ends well within it.
 _READY_WITHIN_S = 600.0
+_IN_BACKGROUND_WITHIN_S = 60.0
 _SERVING_WITHIN_S = 10.0
 # A worker that ends sooner has not served; the pauses before further attempts grow.
 _SHORT_LIFE_S = 10.0
@@ -184,24 +186,7 @@ class Supervisor:
     async def _change(self, wanted: Wanted) -> None:
         """Let new workers take over from those that serve, all of them or none."""
         number = self._generation + 1
-        replaces = self._served is not None
-        made = await asyncio.gather(
-            *(
-                self._start(wanted, number, background=replaces)
-                for _ in range(self._settings.workers)
-            )
-        )
-        try:
-            async with asyncio.timeout(_READY_WITHIN_S):
-                await asyncio.gather(*(worker.ready for worker in made))
-            if any(worker.ended.is_set() for worker in made):
-                raise RefusedError("a worker ended while it waited for the others")
-        except TimeoutError as error:
-            await self._kill(made)
-            raise RefusedError(f"workers were not ready within {_READY_WITHIN_S:.0f} s") from error
-        except BaseException:
-            await self._kill(made)
-            raise
+        made = await self._make(wanted, number, background=self._served is not None)
         before = [worker for worker in self._workers if worker not in made]
         self._generation, self._served, self._short_lives = number, wanted, 0
         for task in self._replacing:
@@ -214,6 +199,32 @@ class Supervisor:
             self._let_leave(worker, self._settings.drain_s)
         self._tell()
 
+    async def _make(self, wanted: Wanted, number: int, *, background: bool) -> list[_Worker]:
+        """Return workers that are ready, or raise RefusedError and leave none behind."""
+        starting = (
+            self._start(wanted, number, background=background)
+            for _ in range(self._settings.workers)
+        )
+        made = await asyncio.gather(*starting)
+        within_s = _IN_BACKGROUND_WITHIN_S if background else _READY_WITHIN_S
+        try:
+            async with asyncio.timeout(within_s):
+                await asyncio.gather(*(worker.ready for worker in made))
+            if any(worker.ended.is_set() for worker in made):
+                raise RefusedError("a worker ended while it waited for the others")
+        except TimeoutError as error:
+            await self._kill(made)
+            if not background:
+                raise RefusedError(f"workers were not ready within {within_s:.0f} s") from error
+            # On a machine that is busy with everything else they would never be. Whoever rolls back
+            # what made it so busy cannot wait.
+            log_event(_log, logging.WARNING, "reload-hurried", after_s=within_s)
+            return await self._make(wanted, number, background=False)
+        except BaseException:
+            await self._kill(made)
+            raise
+        return made
+
     async def _start(self, wanted: Wanted, number: int, *, background: bool) -> _Worker:
         ours, theirs = socket.socketpair()
         handed = [theirs.fileno(), *(listener.fileno() for listener in self._listeners)]
@@ -221,7 +232,7 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "service.worker", *map(str, handed)),
                 pass_fds=handed,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 env={**os.environ, **write_settings(self._settings)},
             )
@@ -230,9 +241,13 @@ class Supervisor:
         task = asyncio.create_task(self._follow(worker))
         self._following.add(task)
         task.add_done_callback(self._following.discard)
-        worker.link.say(
-            "start", experiment=wanted.experiment.model_dump(mode="json"), background=background
-        )
+        start = {
+            "experiment": wanted.experiment.model_dump(mode="json"),
+            "background": background,
+        }
+        assert process.stdin is not None, "it is a pipe"
+        process.stdin.write(json.dumps(start).encode())
+        process.stdin.close()
         self._tell()
         return worker
 

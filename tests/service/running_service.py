@@ -22,7 +22,7 @@ from tests.service.tiny_bundle import ITEM_IDS
 class RunningService:
     """A running service. `folder`: of its temporary files."""
 
-    def __init__(self, process: "subprocess.Popen[str]", port: int, folder: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, folder: Path) -> None:
         self.process = process
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -138,7 +138,12 @@ class RunningService:
     def end(self, number: int = signal.SIGTERM) -> tuple[str, str]:
         """Signal that it should end; return stdout and stderr when it has."""
         self.process.send_signal(number)
-        return self.process.communicate(timeout=PATIENCE_S)
+        return self.wait()
+
+    def wait(self) -> tuple[str, str]:
+        """Return stdout and stderr when it has ended."""
+        self.process.wait(PATIENCE_S)
+        return (self._folder / "stdout").read_text(), (self._folder / "stderr").read_text()
 
     def living(self) -> list[str]:
         """Return the processes of its group; one that waits for its parent is none."""
@@ -158,24 +163,27 @@ def running_service(
 ) -> Iterator[RunningService]:
     """Run the service in a process group of its own; kill all of it that the test did not end."""
     port = free_port()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "service", "--port", str(port), "--threads", "1"),
-            *("--redis-timeout-s", "5", "--reload-poll-s", "0.05", "--drain-s", str(drain_s)),
-            *arguments,
-        ],
-        env={**os.environ, "TMPDIR": str(folder), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    # Files, because whoever writes to a pipe that nobody reads comes to a halt.
+    with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "service", "--port", str(port), "--threads", "1"),
+                *("--redis-timeout-s", "5", "--reload-poll-s", "0.05", "--drain-s", str(drain_s)),
+                # On a busy machine many are; what a test counts is other events.
+                *("--slow-log-per-s", "0"),
+                *arguments,
+            ],
+            env={**os.environ, "TMPDIR": str(folder), **environment},
+            stdout=stdout,
+            stderr=stderr,
+            process_group=0,
+        )
     try:
         yield RunningService(process, port, folder)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
 
 
 def _command_line(pid: str) -> bytes:

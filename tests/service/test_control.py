@@ -18,11 +18,11 @@ async def ends():
 
 async def test_what_is_said_is_heard_in_order_until_the_other_end_is_gone(ends):
     here, there = ends
-    here.say("start", experiment={"salt": "a\nb"}, background=False)
+    here.say("accept", experiment={"salt": "a\nb"}, background=False)
     here.say("accept")
     await here.close()
     assert [said async for said in there] == [
-        {"message": "start", "experiment": {"salt": "a\nb"}, "background": False},
+        {"message": "accept", "experiment": {"salt": "a\nb"}, "background": False},
         {"message": "accept"},
     ]
 

@@ -320,7 +320,7 @@ class TestWorkers:
         flip_a_byte(bundle / "model.onnx")
         arguments = ("--bundle", bundle, "--redis-url", redis_url, "--workers", "2")
         with running_service(*arguments, folder=tmp_path) as service:
-            stdout, stderr = service.process.communicate(timeout=PATIENCE_S)
+            stdout, stderr = service.wait()
         assert service.process.returncode == 2
         assert stdout == ""
         assert one_line(stderr).startswith(f"error: bundle {bundle}: model.onnx has sha256 ")

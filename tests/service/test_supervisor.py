@@ -1,6 +1,8 @@
 """Generations of workers: what takes over, what stays, and that no client is failed."""
 
+import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,11 +16,15 @@ import httpx
 import pytest
 
 from contract.errors import BundleError
+from service import supervisor
+from service.listening import bind
+from service.metrics import FOLDER_VARIABLE
 from service.pointer import publish, rollback
-from service.supervisor import pause_s
+from service.settings import Settings
+from service.wanted import read_wanted
 from tests.service.keep_alive_clients import KeepAliveClients
-from tests.service.live_service import wait_until
-from tests.service.logged import events_of
+from tests.service.live_service import PATIENCE_S, wait_until
+from tests.service.logged import Logged, events_of
 from tests.service.running_service import RunningService, running_service
 from tests.service.tiny_bundle import change_manifest, flip_a_byte
 
@@ -32,6 +38,13 @@ def bundles(good_bundle, tmp_path) -> tuple[Path, Path]:
     second = Path(shutil.copytree(good_bundle, tmp_path / "second"))
     change_manifest(second, model_version="tiny-2")
     return first, second
+
+
+@pytest.fixture
+def logged() -> Iterator[Logged]:
+    found = Logged()
+    with found.listening(logging.INFO, personal_data=False):
+        yield found
 
 
 @pytest.fixture
@@ -138,6 +151,34 @@ class TestReload:
             assert service.score()["version"] == "tiny-1"
 
 
+class TestHurry:
+    async def test_workers_that_give_way_for_too_long_are_started_again(
+        self, bundles, pointer, redis_url, tmp_path, monkeypatch, logged
+    ):
+        monkeypatch.setattr(supervisor, "_IN_BACKGROUND_WITHIN_S", 0.01)
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+        settings = Settings(
+            bundle=pointer, redis_url=redis_url, port=0, threads=1, reload_poll_s=0.05, drain_s=0
+        )
+        urls: list[str] = []
+        listeners = bind(settings)
+        tested = supervisor.Supervisor(settings, listeners, folder=tmp_path)
+        running = asyncio.create_task(tested.run(read_wanted(settings), announce=urls.append))
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PATIENCE_S) as client:
+            await asyncio.to_thread(wait_until, lambda: bool(urls), "it serves")
+            publish(pointer, bundles[1])
+            version = ""
+            while version != "tiny-2":
+                await asyncio.sleep(0.05)
+                models = (await client.get(f"{urls[0]}/models")).json()["models"]
+                version = models[0]["version"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running == 0
+        (event,) = logged.events("reload-hurried")
+        assert event["after_s"] == 0.01
+        assert len(logged.events("reload-applied")) == 1
+
+
 class TestNobodyIsFailed:
     def test_by_reloads_and_a_restart_of_a_worker_and_the_end(self, start, pointer, bundles):
         """Clients ask without a pause over three reloads, until the port is closed."""
@@ -156,27 +197,29 @@ class TestNobodyIsFailed:
                 wait_until(lambda: clients.n_answered > n_then + 20, "it serves on")
                 assert clients.told_to_close > n_told
                 assert clients.connections > opened
-                service.process.communicate()
+                service.wait()
                 clients.wait_until_nobody_listens()
             assert service.process.returncode == 0
         assert clients.failures == []
         assert set(clients.answers) == {(200, "tiny-1"), (200, "tiny-2")}
 
-    def test_who_keeps_an_idle_connection_is_answered_by_the_old_generation(
-        self, start, pointer, bundles
-    ):
+    def test_who_keeps_a_connection_is_told_to_leave_it(self, start, pointer, bundles):
         with (
-            start(drain_s=20.0) as service,
+            start(drain_s=60.0) as service,
             httpx.Client(base_url=service.url, trust_env=False, verify=False) as client,
         ):
-            assert client.get("/models").json()["models"][0]["version"] == "tiny-1"
             publish(pointer, bundles[1])
-            service.wait_for_reload(1)
-            late = client.get("/models")
-            assert late.json()["models"][0]["version"] == "tiny-1"
-            assert late.headers["connection"] == "close"
-            assert client.get("/models").json()["models"][0]["version"] == "tiny-2"
-            os.killpg(service.process.pid, signal.SIGKILL)
+            answers = [client.get("/models")]
+
+            def has_changed() -> bool:
+                answers.append(client.get("/models"))
+                return bool(answers[-1].json()["models"][0]["version"] == "tiny-2")
+
+            wait_until(has_changed, "the new generation answers")
+            *_, told, new = answers
+            assert told.json()["models"][0]["version"] == "tiny-1"
+            assert told.headers["connection"] == "close"
+            assert "connection" not in new.headers
 
     def test_what_is_in_flight_when_it_ends_is_answered(self, start):
         """A request whose body comes late: it is inside when the service stops to accept."""
@@ -192,7 +235,7 @@ class TestNobodyIsFailed:
             headers = {"X-Deadline-Ms": "30000", "Content-Length": str(len(body))}
             answer = client.post(f"{service.url}/score", content=late(), headers=headers)
             assert answer.status_code == 200, answer.text
-            service.process.communicate()
+            service.wait()
             assert service.process.returncode == 0
 
 
@@ -254,7 +297,7 @@ class TestEnd:
     def test_a_terminal_that_interrupts_all_of_them_drains_too(self, start):
         with start() as service:
             os.killpg(service.process.pid, signal.SIGINT)
-            _, stderr = service.process.communicate()
+            _, stderr = service.wait()
             assert service.process.returncode == 0
         told = Counter(one["event"] for one in events_of(stderr))
         assert (told["draining"], told["service-stopped"]) == (1, 2)
@@ -265,4 +308,4 @@ class TestEnd:
     [(0, 0.0), (1, 0.0), (2, 0.5), (3, 1.0), (5, 4.0), (9, 30.0), (10_000, 30.0)],
 )
 def test_pauses_grow_with_workers_that_end_soon(short_lives, expected):
-    assert pause_s(short_lives) == expected
+    assert supervisor.pause_s(short_lives) == expected
