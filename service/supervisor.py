@@ -262,7 +262,8 @@ class Supervisor:
                     self._tell()
         how = await worker.wait()
         await worker.link.close()
-        await asyncio.to_thread(fold_ended_process, self._folder, worker.pid)
+        with suppress(OSError):  # without room for its counts, it is replaced all the same
+            await asyncio.to_thread(fold_ended_process, self._folder, worker.pid)
         self._workers.discard(worker)
         # One that has never been ready is awaited by those who started it.
         if worker.generation == self._generation and worker.state in ("ready", "serving"):
@@ -280,15 +281,16 @@ class Supervisor:
         assert self._served is not None, "what is replaced has served"
         while True:
             await asyncio.sleep(pause_s(self._short_lives))
-            worker = await self._start(self._served, self._generation, background=False)
             try:
-                await worker.ready
-            except RefusedError as error:
+                worker = await self._start(self._served, self._generation, background=False)
+                try:
+                    await worker.ready
+                except asyncio.CancelledError:
+                    worker.kill()
+                    raise
+            except (OSError, RefusedError) as error:
                 self._short_lives += 1
                 log_event(_log, logging.ERROR, "worker-refused", reason=str(error))
-            except asyncio.CancelledError:
-                worker.kill()
-                raise
             else:
                 worker.link.say("accept")
                 return
