@@ -155,7 +155,7 @@ def _service(
 ) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
-    command = ["-m", "service", "--port", str(port), "--log-format", "text"]
+    command = ["-m", "service", "--port", str(port), "--log-format", "text", "--drain-s", "0"]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     with _child(command, environment) as process:
         deadline = time.monotonic() + _START_TIMEOUT_S

@@ -1,5 +1,5 @@
-"""`python -m service` serves; `... backfill`, `... profile` and `... make-key` are beside it:
-they load histories, measure, and make an API key.
+"""`python -m service` serves. Beside it: `... publish` and `... rollback` say which bundle,
+`... backfill` loads histories, `... make-key` makes an API key, `... profile` measures.
 """
 
 import argparse
@@ -7,63 +7,50 @@ import asyncio
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import ExitStack
 from datetime import date
-from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-import uvicorn
-from fastapi import FastAPI
 from redis.exceptions import AuthenticationError
 from tqdm import tqdm
-from uvicorn.supervisors import Multiprocess
 
 from contract.bundle import read_manifest
 from contract.errors import ContractError
 from contract.history_log import HistoryLog
 from service.api_keys import ApiKeysError, Role, described, make_key, read_keys
-from service.app import create_app
 from service.backfill import backfill, blocking_client
-from service.connections import limited_protocol
 from service.descriptors import max_connections
 from service.errors import ServiceError
-from service.experiment import Experiment, ExperimentError, read_experiment
-from service.history import HistoryStore
+from service.experiment import ExperimentError
 from service.listening import bind, refuse_open_doors
 from service.logs import configure
-from service.metrics import FOLDER_VARIABLE
-from service.model import Model, OnnxModel
-from service.profile import ShapeProfile, profile, shapes_of
-from service.redis_nodes import connect
+from service.pointer import bundle_in_force, publish, rollback
 from service.redis_url import PasswordFile
 from service.settings import (
     Settings,
     SettingsError,
     add_flags,
     read_settings,
-    write_settings,
 )
 from service.titles import read_titles
+from service.wanted import read_wanted, wanted_experiment
+
+if TYPE_CHECKING:
+    from service.profile import ShapeProfile
 
 _BACKFILL_TIMEOUT_S = 30.0
-_STARTUP_FAILURE = 3  # uvicorn's number
+_TRACING_NEEDS = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code. Errors of the user end in one clear line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["backfill"]:
-            return _backfill(arguments[1:])
-        if arguments[:1] == ["profile"]:
-            return _profile(arguments[1:])
-        if arguments[:1] == ["make-key"]:
-            return _make_key(arguments[1:])
-        return _serve(arguments)
+        command = _COMMANDS.get(arguments[0]) if arguments else None
+        return _serve(arguments) if command is None else command(arguments[1:])
     except (ApiKeysError, ContractError, ExperimentError, SettingsError, ServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,59 +60,48 @@ def _serve(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     add_flags(parser)
     settings = read_settings(vars(parser.parse_args(arguments)))
-    missing = [name for name in ("uvloop", "httptools") if find_spec(name) is None]
+    missing = [name for name in ("uvloop", "httptools") if not _is_installed(name)]
     if missing:
         raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
-    if settings.tracing == "otel":
-        try:
-            import_module("service.tracing")
-        except ModuleNotFoundError as error:
-            raise SettingsError("tracing: otel needs the extra `otel`: mneme[otel]") from error
+    if settings.tracing == "otel" and not all(map(_is_installed, _TRACING_NEEDS)):
+        raise SettingsError("tracing: otel needs the extra `otel`: mneme[otel]")
     refuse_open_doors(settings)
-    _read_password_file(settings)
-    _configure_logs(settings)
-    # With several workers this is a rehearsal: what refuses to start must not start again and
-    # again in each of them.
-    read_titles(settings.titles)
-    max_connections(settings)
-    if settings.api_keys is not None:
-        read_keys(settings.api_keys)
-    bundles = {arm.bundle for arm in _experiment(settings).arms.values()}
-    opened = {bundle: _open_model(settings, bundle) for bundle in sorted(bundles)}
-    versions = ", ".join(model.manifest.model_version for model in opened.values())
-    admin = ""
-    if settings.admin_port is not None:
-        admin = f", metrics and admin at http://{settings.admin_host}:{settings.admin_port}"
-    print(f"serving {versions} at http://{settings.host}:{settings.port}{admin}", flush=True)
-    if settings.workers == 1:
-
-        def open_model(bundle: Path) -> Model:
-            return opened.pop(bundle, None) or _open_model(settings, bundle)
-
-        _listen(settings, create_app(settings, open_model))
-        return 0
-    opened.clear()
-    with TemporaryDirectory(prefix="mneme-metrics-") as folder:
-        # Workers are new processes: they read all of it when they begin.
-        os.environ.update(write_settings(settings))
-        os.environ[FOLDER_VARIABLE] = folder
-        _listen(settings, "service.__main__:worker_app")
-    return 0
-
-
-def worker_app() -> FastAPI:
-    """Return the application of one of several workers, by the settings in the environment."""
-    settings = read_settings({})
-    _configure_logs(settings)
-    return create_app(settings, partial(_open_model, settings))
-
-
-def _configure_logs(settings: Settings) -> None:
     configure(
         level=settings.log_level,
         style=settings.log_format,
         personal_data=settings.log_personal_data,
     )
+    # What cannot be served is found out before there are processes.
+    read_titles(settings.titles)
+    max_connections(settings)
+    _read_password_file(settings)
+    if settings.api_keys is not None:
+        read_keys(settings.api_keys)
+    wanted = read_wanted(settings)
+    listeners = bind(settings)
+    with ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener)
+        folder = stack.enter_context(TemporaryDirectory(prefix="mneme-metrics-"))
+        # Of `service.metrics`, and read when that is imported: here, and in each worker.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        from service.supervisor import RefusedError, Supervisor
+
+        admin = ""
+        if settings.admin_port is not None:
+            admin = f", metrics and admin at http://{settings.admin_host}:{settings.admin_port}"
+
+        def announce(url: str) -> None:
+            print(f"serving {', '.join(wanted.versions)} at {url}{admin}", flush=True)
+
+        async def supervise() -> int:
+            supervisor = Supervisor(settings, listeners, folder=Path(folder))
+            return await supervisor.run(wanted, announce=announce)
+
+        try:
+            return asyncio.run(supervise())
+        except RefusedError as error:
+            raise SettingsError(str(error)) from error
 
 
 def _read_password_file(settings: Settings) -> None:
@@ -138,39 +114,37 @@ def _read_password_file(settings: Settings) -> None:
             raise SettingsError(f"redis_password_file: {path}: {error}") from error
 
 
-def _experiment(settings: Settings) -> Experiment:
-    if settings.bundle is not None:
-        return Experiment.of_bundle(settings.bundle)
-    assert settings.experiments is not None, "the settings name one or the other"
-    return read_experiment(settings.experiments)
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
-def _open_model(settings: Settings, bundle: Path) -> Model:
-    return OnnxModel(bundle, provider=settings.provider, threads=settings.threads)
-
-
-def _listen(settings: Settings, app: FastAPI | str) -> None:
-    sockets = bind(settings)
-    config = uvicorn.Config(
-        app,
-        factory=isinstance(app, str),
-        workers=settings.workers,
-        loop="uvloop",
-        http=limited_protocol(settings),
-        ws="none",
-        log_config=None,  # the root's handler writes what the server says
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
+def _publish(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m service publish",
+        description="Let a pointer file name a bundle: a service that was started with "
+        "`--bundle POINTER` serves it from then on.",
     )
-    with suppress(KeyboardInterrupt):
-        if settings.workers > 1:
-            Multiprocess(config, sockets=sockets).run()
-            return
-        server = uvicorn.Server(config)
-        server.run(sockets=sockets)
-        if not server.started:
-            sys.exit(_STARTUP_FAILURE)
+    parser.add_argument("pointer", type=Path, help="is made where there is none")
+    parser.add_argument("folder", type=Path, help="a bundle")
+    given = parser.parse_args(arguments)
+    manifest = publish(given.pointer, given.folder)
+    print(f"{given.pointer} names {given.folder} ({manifest.model_version})")
+    return 0
+
+
+def _rollback(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m service rollback",
+        description="Let a pointer file name the bundle before the one that it names now.",
+    )
+    parser.add_argument("pointer", type=Path)
+    pointer = parser.parse_args(arguments).pointer
+    manifest = rollback(pointer)
+    print(f"{pointer} names {bundle_in_force(pointer)} ({manifest.model_version})")
+    return 0
 
 
 def _backfill(arguments: list[str]) -> int:
@@ -183,7 +157,7 @@ def _backfill(arguments: list[str]) -> int:
     log = HistoryLog(flags.pop("log"))
     settings: Settings = read_settings(flags)
     _read_password_file(settings)
-    arms = _experiment(settings).arms.values()
+    arms = wanted_experiment(settings).arms.values()
     keep = max(
         arm.history_length or read_manifest(arm.bundle).features.history_length for arm in arms
     )
@@ -223,14 +197,24 @@ def _profile(arguments: list[str]) -> int:
         ["bundle", "redis_url", "redis_password_file", "key_prefix", "provider", "threads"],
     )
     options = vars(parser.parse_args(arguments))
-    shapes = shapes_of(*(options.pop(axis) for axis in ("batches", "candidates", "lengths")))
+    batches, candidates, lengths = (
+        options.pop(axis) for axis in ("batches", "candidates", "lengths")
+    )
     users, seconds = options.pop("users"), options.pop("seconds")
     settings: Settings = read_settings(options)
     if settings.bundle is None:
         raise SettingsError("profile measures one model: name its --bundle")
-    model = _open_model(settings, settings.bundle)
+    # What serves is loaded where it serves, and not by whoever supervises it.
+    from service.history import HistoryStore
+    from service.model import OnnxModel
+    from service.profile import profile, shapes_of
+    from service.redis_nodes import connect
 
-    async def measure() -> list[ShapeProfile]:
+    shapes = shapes_of(batches, candidates, lengths)
+    bundle = bundle_in_force(settings.bundle)
+    model = OnnxModel(bundle, provider=settings.provider, threads=settings.threads)
+
+    async def measure() -> "list[ShapeProfile]":
         store = HistoryStore(
             connect(
                 settings.redis_url,
@@ -272,6 +256,15 @@ def _make_key(arguments: list[str]) -> int:
     lines = described(options.pop("name"), key, **options)
     print(f"{key}\n\n# The key stands nowhere else. To the file of keys add:\n{lines}", end="")
     return 0
+
+
+_COMMANDS = {
+    "publish": _publish,
+    "rollback": _rollback,
+    "backfill": _backfill,
+    "make-key": _make_key,
+    "profile": _profile,
+}
 
 
 if __name__ == "__main__":

@@ -268,14 +268,14 @@ async def models(request: Request) -> Models:
 
 @router.get("/experiments", summary="Who is answered by what")
 async def experiments(request: Request) -> ExperimentInfo:
-    """Return the experiment that is applied, and why the file is not where it was refused."""
+    """Return the experiment that is served, and why what the files say now is not."""
     services = services_of(request)
     experiment = services.arms.experiment
     return ExperimentInfo(
         salt=experiment.salt,
         shares={name: arm.share for name, arm in experiment.arms.items() if not arm.shadow},
         shadows={name: arm.share for name, arm in experiment.arms.items() if arm.shadow},
-        refused=None if services.watch is None else services.watch.refused,
+        refused=services.supervised.status.refused,
     )
 
 
@@ -289,9 +289,12 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request) -> Response:
     """Answer 200 when the model is loaded and histories can be read, 503 otherwise.
 
-    Also while a run of the device takes so long that the process may have to be replaced.
+    Also while a run of the device takes so long that the process may have to be replaced. A service
+    that was told to end answers 503 at once, and serves on for a while.
     """
     services = services_of(request)
+    if services.supervised.draining:
+        return JSONResponse({"status": "draining"}, 503)
     redis = await services.history.is_ready()
     is_stuck = services.watchdog.suspects_device
     ready = (redis or services.settings.on_redis_failure == "cold") and not is_stuck
@@ -304,7 +307,6 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Return all metrics in Prometheus' text format."""
     services = services_of(request)
-    watch = services.watch
     services.metrics.redis_up.set(await services.history.is_ready())
-    services.metrics.experiment_refused.set(watch is not None and watch.refused is not None)
+    services.metrics.reload_refused.set(services.supervised.status.refused is not None)
     return Response(services.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contract.records import MAX_ITEM
-from service import api, browse, problems, site
+from service import admin, api, browse, problems, site
 from service.access import Guard, describe, route_of
 from service.body_limit import BodyLimit
 from service.errors import (
@@ -20,6 +20,7 @@ from service.errors import (
     RequestTooSlowError,
     ServiceError,
 )
+from service.experiment import Experiment
 from service.history import HistoryStore
 from service.http_protocol import METRICS
 from service.logs import log_event
@@ -28,7 +29,9 @@ from service.problems import responses
 from service.request_log import RequestLog, ids_of
 from service.score_endpoint import score_endpoint
 from service.settings import Settings
+from service.supervised import Supervised
 from service.titles import read_titles
+from service.wanted import wanted_experiment
 from service.wiring import ARM, running
 
 _log = logging.getLogger(__name__)
@@ -39,26 +42,37 @@ def create_app(
     settings: Settings,
     open_model: Callable[[Path], Model],
     *,
+    experiment: Experiment | None = None,
     history: HistoryStore | None = None,
+    supervised: Supervised | None = None,
 ) -> FastAPI:
-    """Return the application that serves what the settings name.
+    """Return the application that serves an experiment, by default what the settings name.
 
-    `open_model`: loads a bundle. `history`: replaces the store of the settings. Raises
-    SettingsError where the file of titles cannot be read.
+    `open_model`: loads a bundle. `history`: replaces the store of the settings. `supervised`: what
+    the supervisor says meanwhile, where there is one. Raises SettingsError where the file of titles
+    cannot be read, BundleError or ExperimentError where what the settings name cannot.
     """
+    experiment = experiment or wanted_experiment(settings)
+    supervised = supervised or Supervised()
     titles = read_titles(settings.titles)
 
     requests = RequestLog(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
-        async with running(settings, open_model, titles=titles, history=history) as services:
+        async with running(
+            settings,
+            experiment,
+            open_model,
+            supervised=supervised,
+            titles=titles,
+            history=history,
+        ) as services:
             app.state.services = services
-            arms = {arm.name: arm.metrics.version for arm in services.arms}
-            log_event(_log, logging.INFO, "service-started", arms=arms)
+            if supervised.serving:
+                services.arms.show(is_served=True)
             yield {METRICS: services.metrics}
         await requests.close()
-        log_event(_log, logging.INFO, "service-stopped")
 
     app = _App(
         title="Mneme",
@@ -71,14 +85,15 @@ def create_app(
     )
     app.include_router(api.router)
     app.include_router(browse.router)
+    app.include_router(admin.router)
     site.install(app)
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(_JsonBody)
     app.add_middleware(Guard)
-    app.add_middleware(_AlwaysAnswer, requests=requests)
+    app.add_middleware(_AlwaysAnswer, requests=requests, supervised=supervised)
     limited = BodyLimit(score_endpoint, max_bytes=settings.max_body_bytes)
-    app.score = _AlwaysAnswer(Guard(limited), requests=requests)
+    app.score = _AlwaysAnswer(Guard(limited), requests=requests, supervised=supervised)
     app.asks_for_keys = settings.api_keys is not None
     return app
 
@@ -137,9 +152,10 @@ class _AlwaysAnswer:
     Every answer says the ids of its request.
     """
 
-    def __init__(self, app: ASGIApp, *, requests: RequestLog) -> None:
+    def __init__(self, app: ASGIApp, *, requests: RequestLog, supervised: Supervised) -> None:
         self._app = app
         self._requests = requests
+        self._supervised = supervised
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,7 +178,12 @@ class _AlwaysAnswer:
                     arm=arm.name if arm else "",
                     version=arm.metrics.version if arm else "",
                 )
-                message["headers"] = [*message["headers"], *context.headers, _NO_SNIFFING]
+                message["headers"] = [
+                    *message["headers"],
+                    *context.headers,
+                    _NO_SNIFFING,
+                    *self._supervised.closing,
+                ]
             await send(message)
 
         try:

@@ -1,7 +1,7 @@
 """The arms that serve: each a bundle with a queue of its own, all of them on one device."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ _SHORT_SHARE = 0.1
 _MARGIN_SHARE = 0.3
 # A Redis that has not answered in so much of it is given up: then it can be told, or scored cold.
 _FETCH_SHARE = 0.5
-_DRAIN_POLL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,17 +68,6 @@ class Arm:
         if scored.degraded:
             metrics.degraded.inc()
 
-    async def drain(self) -> None:
-        """Answer what is inside, then end."""
-        try:
-            # An event would have to be set by every request; this is asked for a moment, rarely.
-            while not (  # noqa: ASYNC110
-                self.batcher.is_idle and self.recommender.is_idle and self.explainer.is_idle
-            ):
-                await asyncio.sleep(_DRAIN_POLL_S)
-        finally:
-            await self.batcher.stop()
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
@@ -89,71 +77,49 @@ class _Opened:
     warm_up_took: list[tuple[int, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Served:
-    """What is served at one moment; replaced as a whole."""
-
-    experiment: Experiment
-    arms: Mapping[str, Arm]
-
-
 class Arms:
-    """All arms of a service. `thread`: the one of their device.
+    """All arms of an experiment. `thread`: the one of their device.
 
-    `open_model`: loads a bundle; raises BundleError. Called in a thread of its own, so that what is
-    served goes on meanwhile.
+    `open_model`: loads a bundle; raises BundleError. Called in a thread of its own.
     """
 
     def __init__(
         self,
         settings: Settings,
+        experiment: Experiment,
         open_model: Callable[[Path], Model],
         store: HistoryStore,
         metrics: Metrics,
     ) -> None:
+        self.experiment = experiment
         self._settings = settings
         self._open_model = open_model
         self._store = store
         self._metrics = metrics
-        metrics.queue_work_limit.set(settings.max_queue_work)
         self._device = SharedDevice()
         self.thread = DeviceThread()
-        self._applying = asyncio.Lock()
-        self._draining: set[asyncio.Task[None]] = set()
-        self._served: _Served | None = None
+        self._arms: dict[str, Arm] = {}
 
     def __iter__(self) -> Iterator[Arm]:
-        return iter(self._now.arms.values())
-
-    @property
-    def experiment(self) -> Experiment:
-        """Return what is applied at present."""
-        return self._now.experiment
-
-    @property
-    def _now(self) -> _Served:
-        assert self._served is not None, "nothing has been applied yet"
-        return self._served
+        return iter(self._arms.values())
 
     def arm_for(self, user_id: str, asked: str | None) -> Arm:
         """Return the arm that answers: the one that was asked for, or the user's.
 
         Raises UnknownArmError.
         """
-        served = self._now
         if asked is None:
-            return served.arms[served.experiment.arm_of(user_id)]
-        if asked not in served.arms:
+            return self._arms[self.experiment.arm_of(user_id)]
+        if asked not in self._arms:
             raise UnknownArmError(
-                f"arm: there is no {asked!r}, there are {', '.join(sorted(served.arms))}"
+                f"arm: there is no {asked!r}, there are {', '.join(sorted(self._arms))}"
             )
-        return served.arms[asked]
+        return self._arms[asked]
 
     def shadow(self, request: ScoreRequest, *, deadline: float) -> None:
         """Let the user's shadow arms score a request too; nobody waits for their answers."""
-        served = self._now
-        for name in served.experiment.shadows_of(request.user_id):
-            arm = served.arms[name]
+        for name in self.experiment.shadows_of(request.user_id):
+            arm = self._arms[name]
             try:
                 answer = arm.batcher.submit(request, deadline=deadline)
             except OverloadedError:
@@ -161,53 +127,31 @@ class Arms:
             else:
                 answer.add_done_callback(partial(_count_shadow, arm))
 
-    async def apply(self, experiment: Experiment) -> None:
-        """Serve by another experiment from one moment to the next, or raise and change nothing.
+    async def start(self) -> None:
+        """Open and warm up what the experiment names, and begin to take requests.
 
-        An arm goes on as it is where its bundle and its history length are the same; what is not
-        served any more answers what it has taken. Raises ContractError, ExperimentError or, from a
-        model that cannot be warmed up, ServiceError.
+        Raises ContractError, ExperimentError or, from a model that cannot be warmed up,
+        ServiceError; `close` is due then, too.
         """
-        async with self._applying:
-            old = {} if self._served is None else dict(self._served.arms)
-            opened = {
-                arm.bundle: _Opened(model=arm.model, warm_up_took=arm.warm_up_took)
-                for arm in old.values()
-            }
-            arms: dict[str, Arm] = {}
-            try:
-                for name, chosen in experiment.arms.items():
-                    kept = old.get(name)
-                    arms[name] = (
-                        kept
-                        if kept is not None and _is_as(kept, chosen)
-                        else await self._start(name, chosen, opened)
-                    )
-            except BaseException:
-                for arm in arms.values():
-                    if arm is not old.get(arm.name):
-                        await arm.drain()
-                raise
-            # From here to the last line nothing waits: every request sees all of it or nothing.
-            for name, arm in arms.items():
-                arm.seat.weight = experiment.arms[name].device_weight
-            self._store.keep_at_least(max(arm.history_length for arm in arms.values()))
-            self._tell(old, arms, experiment)
-            self._served = _Served(experiment=experiment, arms=arms)
-            for arm in old.values():
-                if arms.get(arm.name) is not arm:
-                    task = asyncio.create_task(arm.drain())
-                    self._draining.add(task)
-                    task.add_done_callback(self._draining.discard)
+        opened: dict[Path, _Opened] = {}
+        for name, chosen in self.experiment.arms.items():
+            self._arms[name] = await self._start(name, chosen, opened)
+        self._store.keep_at_least(max(arm.history_length for arm in self))
+
+    def show(self, *, is_served: bool) -> None:
+        """Let the metrics say that this is served, or that it is not any more."""
+        self._metrics.queue_work_limit.set(is_served * self._settings.max_queue_work)
+        for name, chosen in self.experiment.arms.items():
+            manifest = self._arms[name].model.manifest
+            labels = (manifest.model_name, name, manifest.model_version)
+            self._metrics.model_info.labels(*labels).set(is_served)
+            share = self._metrics.arm_share.labels(name, str(chosen.shadow).lower())
+            share.set(is_served * chosen.share)
 
     async def close(self) -> None:
         """End all arms; requests that wait are cancelled."""
-        for task in self._draining:
-            task.cancel()
-        await asyncio.gather(*self._draining, return_exceptions=True)
-        if self._served is not None:
-            for arm in self:
-                await arm.batcher.stop()
+        for arm in self:
+            await arm.batcher.stop()
         self.thread.shutdown()
 
     async def _start(self, name: str, chosen: ArmSettings, opened: dict[Path, _Opened]) -> Arm:
@@ -257,11 +201,7 @@ class Arms:
             block_items=settings.recommend_block_items,
             metrics=metrics,
         )
-        try:
-            await recommender.warm_up()
-        except BaseException:
-            await batcher.stop()  # which gives its seat up
-            raise
+        await recommender.warm_up()
         batcher.start()
         return Arm(
             name=name,
@@ -283,24 +223,6 @@ class Arms:
             self.thread, model.warm_up, self._settings.max_batch_work
         )
         return _Opened(model=model, warm_up_took=took)
-
-    def _tell(self, old: Mapping[str, Arm], new: Mapping[str, Arm], experiment: Experiment) -> None:
-        for arms, is_served in ((old, 0), (new, 1)):
-            for arm in arms.values():
-                manifest = arm.model.manifest
-                labels = (manifest.model_name, arm.name, manifest.model_version)
-                self._metrics.model_info.labels(*labels).set(is_served)
-        shares = self._metrics.arm_share
-        if self._served is not None:
-            for name, chosen in self._served.experiment.arms.items():
-                shares.labels(name, str(chosen.shadow).lower()).set(0)
-        for name, chosen in experiment.arms.items():
-            shares.labels(name, str(chosen.shadow).lower()).set(chosen.share)
-
-
-def _is_as(arm: Arm, chosen: ArmSettings) -> bool:
-    longest = arm.model.manifest.features.history_length
-    return arm.bundle == chosen.bundle and arm.history_length == (chosen.history_length or longest)
 
 
 def _count_shadow(arm: Arm, answer: "asyncio.Future[tuple[Scored, float]]") -> None:

@@ -151,11 +151,6 @@ class Batcher(Generic[RequestT, PreparedT, AnswerT]):
         seat.waiting_s = self._waiting_s
         self._end_counting = metrics.before_scrape(self._count_waiting)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether every request has been answered."""
-        return not self._n_inside
-
     def start(self) -> None:
         """Begin to take requests, within the running event loop."""
         self._workers = [

@@ -63,13 +63,7 @@ class Explainer:
         # One after the other: those who look must not crowd out those who are served.
         self._turn = asyncio.Lock()
         self._places = asyncio.Semaphore(_MOST_INSIDE)
-        self._n_inside = 0
         self._run_s = 0.0
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether every request has been answered."""
-        return not self._n_inside
 
     async def explain(
         self,
@@ -102,19 +96,15 @@ class Explainer:
         self, request: ScoreRequest, deadline: float, has_left: Callable[[], Awaitable[bool]]
     ) -> Explained:
         arrived = time.perf_counter()
-        self._n_inside += 1
-        try:
-            async with self._turn:
-                await self._check_wanted(deadline, has_left)
-                waited_s = time.perf_counter() - arrived
-                one, records = await self._scorer.prepare_alone(request, whole=False)
-                began = time.perf_counter()
-                async with self._lend(self._run_s):
-                    waited_s += time.perf_counter() - began
-                    weighed = await self._scorer.explain_alone(one)
-                self._run_s = weighed.infer_s
-        finally:
-            self._n_inside -= 1
+        async with self._turn:
+            await self._check_wanted(deadline, has_left)
+            waited_s = time.perf_counter() - arrived
+            one, records = await self._scorer.prepare_alone(request, whole=False)
+            began = time.perf_counter()
+            async with self._lend(self._run_s):
+                waited_s += time.perf_counter() - began
+                weighed = await self._scorer.explain_alone(one)
+            self._run_s = weighed.infer_s
         behaviors = np.frombuffer(records, dtype=RECORD)
         return Explained(
             scores=weighed.scores,

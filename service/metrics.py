@@ -1,9 +1,10 @@
 """Every metric of the service; durations are seconds. docs/metrics.md says what to ask of each."""
 
+import fcntl
 import os
 import platform
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from service.tallies import CounterTally, HistogramTally
@@ -211,12 +213,6 @@ class Metrics:
             ("outcome", *_ARM),
             registry=self.registry,
         )
-        self.experiment_reloads = Counter(
-            "mneme_experiment_reloads_total",
-            "Changes of the experiments file, by outcome.",
-            ("outcome",),
-            registry=self.registry,
-        )
         self.key_requests = Counter(
             "mneme_key_requests_total",
             "Requests that a key was asked for, by the key's name and outcome.",
@@ -281,9 +277,9 @@ class Metrics:
             multiprocess_mode="livemostrecent",
             registry=self.registry,
         )
-        self.experiment_refused = Gauge(
-            "mneme_experiment_refused",
-            "1 where the experiments file, as it stands, is not applied.",
+        self.reload_refused = Gauge(
+            "mneme_reload_refused",
+            "1 where the files, as they stand, are not served.",
             multiprocess_mode="livemostrecent",
             registry=self.registry,
         )
@@ -303,7 +299,6 @@ class Metrics:
         self.build_info.labels(own_version(), platform.python_version()).set(1)
         # There before the first of them.
         for outcome in ("applied", "refused"):
-            self.experiment_reloads.labels(outcome)
             self.api_keys_reloads.labels(outcome)
         self.key_requests.labels("", "unauthenticated")
         for outcome in ("appended", "duplicate", "refused"):
@@ -357,17 +352,41 @@ class Metrics:
         return lambda: self._refresh.remove(refresh)
 
     def text(self) -> bytes:
-        """Return all metrics in Prometheus' format: of all workers, where there are several."""
+        """Return all metrics in Prometheus' format: of all processes, where they share a folder."""
         for refresh in self._refresh:
             refresh()
         self.flush()
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is None:
             return generate_latest(self.registry)
-        _forget_ended_workers(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        with _locked(Path(folder), fcntl.LOCK_SH):
+            return generate_latest(registry)
+
+
+class SupervisorMetrics:
+    """The metrics of the process that starts the others."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self.reloads = Counter(
+            "mneme_reloads_total",
+            "New generations of workers, by outcome.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.worker_restarts = Counter(
+            "mneme_worker_restarts_total",
+            "Workers that were replaced, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for outcome in ("applied", "refused"):
+            self.reloads.labels(outcome)
+        for reason in ("ended", "wedged"):
+            self.worker_restarts.labels(reason)
 
 
 class ArmMetrics:
@@ -431,9 +450,37 @@ def own_version() -> str:
         return "unknown"
 
 
-def _forget_ended_workers(folder: Path) -> None:
-    """Drop the gauges of workers that are gone; what they counted stays."""
-    for path in folder.glob("gauge_live*.db"):
-        found = re.search(r"_(\d+)\.db$", path.name)
-        if found and not Path("/proc", found[1]).exists():
-            mark_process_dead(int(found[1]), folder)  # type: ignore[no-untyped-call]
+def fold_ended_process(folder: Path, pid: int) -> None:
+    """Drop the gauges of a process that has ended, and add what it counted to one common file.
+
+    Without that the folder would grow with every generation of workers.
+    """
+    with _locked(folder, fcntl.LOCK_EX):
+        mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
+        for kind in ("counter", "histogram"):
+            path = folder / f"{kind}_{pid}.db"
+            if path.exists():
+                _add_up(path, folder / f"{kind}_ended.db")
+                path.unlink()
+
+
+def _add_up(source: Path, target: Path) -> None:
+    total = MmapedDict(str(target))  # type: ignore[no-untyped-call]
+    try:
+        found = MmapedDict.read_all_values_from_file(str(source))  # type: ignore[no-untyped-call]
+        for key, value, timestamp, _ in found:
+            before, _ = total.read_value(key)  # type: ignore[no-untyped-call]
+            total.write_value(key, before + value, timestamp)  # type: ignore[no-untyped-call]
+    finally:
+        total.close()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Let nobody read while somebody moves counts from one file to another."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)

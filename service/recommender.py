@@ -102,11 +102,6 @@ class Recommender:
         self._run_s = 0.0
         self._block_s = 0.0
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether every request has been answered."""
-        return not self._n_inside
-
     async def warm_up(self) -> None:
         """Run a block as wide as a full history, where the model can recommend at all."""
         if self._scorer.model.manifest.score_kind != "affinity" or not self._n_items:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hiredis import pack_command
 from redis.asyncio import ConnectionPool, RedisCluster
@@ -43,8 +43,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from service.breaker import BreakerState, CircuitBreaker
 from service.errors import HistoryUnavailableError
 from service.logs import log_event
-from service.metrics import Metrics
 from service.redis_url import read_redis_url, sentinel_options, takes_tls
+
+if TYPE_CHECKING:
+    from service.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class _Lane:
     """The way to one node: its connections, and its breaker."""
 
     def __init__(
-        self, name: str, pool: ConnectionPool, *, connect_timeout_s: float, metrics: Metrics
+        self, name: str, pool: ConnectionPool, *, connect_timeout_s: float, metrics: "Metrics"
     ) -> None:
         self._name = name
         self._pool = pool
@@ -245,7 +247,7 @@ class _Cluster:
         options: Mapping[str, Any],
         *,
         timeout_s: float,
-        metrics: Metrics,
+        metrics: "Metrics",
     ) -> None:
         self._hosts = hosts
         self._options = dict(options)
@@ -352,7 +354,7 @@ class RedisNodes:
     """
 
     def __init__(
-        self, topology: _OneNode | _Cluster, *, timeout_s: float, metrics: Metrics
+        self, topology: _OneNode | _Cluster, *, timeout_s: float, metrics: "Metrics"
     ) -> None:
         self._topology = topology
         self._timeout_s = timeout_s
@@ -506,14 +508,18 @@ def connect(
     *,
     timeout_s: float,
     password_file: Path | None = None,
-    metrics: Metrics | None = None,
+    metrics: "Metrics | None" = None,
 ) -> RedisNodes:
     """Return the nodes that a URL of `service.redis_url` names; every call ends in `timeout_s`.
 
     Connections are made when they are first needed: Redis may be away at the start. `metrics`:
     where repetitions and breakers are counted. Raises ValueError for a URL that is none.
     """
-    metrics = metrics or Metrics()
+    if metrics is None:
+        # Only here: the processes' folder of metrics must be known before it is imported.
+        from service.metrics import Metrics
+
+        metrics = Metrics()
     address = read_redis_url(url)
     options = address.async_options(timeout_s=timeout_s, password_file=password_file)
     topology: _OneNode | _Cluster

@@ -418,8 +418,42 @@ class ExperimentInfo(BaseModel):
     shadows: Annotated[dict[str, float], Field(description="By arm, of those that never do.")]
     refused: Annotated[
         str | None,
-        Field(description="Why the file, as it stands, is not applied; null where it is."),
+        Field(description="Why the files, as they stand, are not served; null where they are."),
     ]
+
+
+class WorkerStatus(BaseModel):
+    """One serving process."""
+
+    pid: int
+    generation: int
+    state: Annotated[
+        Literal["starting", "ready", "serving", "leaving"],
+        Field(description="Ready ones wait for the others; leaving ones end their connections."),
+    ]
+
+
+class ReloadStatus(BaseModel):
+    """What became of a reload."""
+
+    number: Annotated[int, Field(description="Counted from the start of the service.")]
+    outcome: Literal["applied", "refused"]
+    reason: Annotated[str | None, Field(description="Why it was refused.")]
+    ended: Annotated[float, Field(description="Unix seconds.")]
+    took_s: float
+
+
+class Status(BaseModel):
+    """The processes of the service, and what became of the latest reload."""
+
+    generation: Annotated[int, Field(description="Grows with each reload that is applied.")]
+    workers: list[WorkerStatus]
+    reloading: Annotated[bool, Field(description="A new generation is asked for or being made.")]
+    refused: Annotated[
+        str | None,
+        Field(description="Why the files, as they stand, are not served; null where they are."),
+    ]
+    last_reload: ReloadStatus | None
 
 
 class Problem(BaseModel):

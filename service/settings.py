@@ -39,14 +39,13 @@ class Settings(BaseSettings):
     )
 
     bundle: Path | None = Field(
-        default=None, description="Folder of the bundle to serve; the one arm is named main."
+        default=None,
+        description="Folder of the bundle to serve, or a pointer file that names it; the one arm "
+        "is named main.",
     )
     experiments: Path | None = Field(
         default=None,
-        description="TOML file of arms, in place of one bundle; a change of it is applied at once.",
-    )
-    experiments_poll_s: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="Seconds between two looks at the experiments file."
+        description="TOML file of arms, in place of one bundle.",
     )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
@@ -195,6 +194,16 @@ class Settings(BaseSettings):
         default=3600.0,
         description="Seconds for which an Idempotency-Key of POST /events is known; Redis keeps "
         "some 400 bytes for each.",
+    )
+    reload_poll_s: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="Seconds between two looks at the experiments file, the pointer file and the "
+        "bundles; what has changed is served by new processes.",
+    )
+    drain_s: Annotated[float, Field(ge=0)] = Field(
+        default=5.0,
+        description="Seconds for which a service that was told to end says so and serves on, and "
+        "for which replaced processes wait for their clients to leave.",
     )
 
     @model_validator(mode="after")

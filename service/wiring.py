@@ -11,13 +11,13 @@ from service.access import Access
 from service.api_keys import read_keys
 from service.arms import Arms
 from service.experiment import Experiment
-from service.experiment_watch import ExperimentWatch
 from service.history import HistoryStore
 from service.key_watch import KeyWatch
 from service.metrics import Metrics
 from service.model import Model
 from service.redis_nodes import connect
 from service.settings import Settings
+from service.supervised import Supervised
 from service.watchdog import Watchdog
 
 # The rest of a deadline goes to sockets, before the request is seen and after it is answered.
@@ -36,14 +36,12 @@ _COLLECTION_THRESHOLDS = (50_000, 20, 50)
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The collaborators that the routes use. `watch`: None where one bundle is served. `titles`: of
-    items, for people.
-    """
+    """The collaborators that the routes use. `titles`: of items, for people."""
 
     settings: Settings
     history: HistoryStore
     arms: Arms
-    watch: ExperimentWatch | None
+    supervised: Supervised
     metrics: Metrics
     titles: Mapping[int, str]
     watchdog: Watchdog
@@ -53,8 +51,10 @@ class Services:
 @asynccontextmanager
 async def running(
     settings: Settings,
+    experiment: Experiment,
     open_model: Callable[[Path], Model],
     *,
+    supervised: Supervised,
     titles: Mapping[int, str],
     history: HistoryStore | None = None,
 ) -> AsyncIterator[Services]:
@@ -75,8 +75,7 @@ async def running(
         keep=1,  # the arms say how many
         idempotency_life_s=settings.idempotency_life_s,
     )
-    arms = Arms(settings, open_model, store, metrics)
-    watch, watching = None, None
+    arms = Arms(settings, experiment, open_model, store, metrics)
     watchdog = Watchdog(arms.thread, wedged_s=settings.wedged_s)
     watchdog.start()
     writing = asyncio.create_task(_write_now_and_then(metrics))
@@ -85,18 +84,7 @@ async def running(
         key_watch = KeyWatch(settings.api_keys, apply=access.apply, metrics=metrics)
         following = asyncio.create_task(key_watch.run())
     try:
-        if settings.bundle is not None:
-            await arms.apply(Experiment.of_bundle(settings.bundle))
-        else:
-            assert settings.experiments is not None, "the settings name one or the other"
-            watch = ExperimentWatch(
-                settings.experiments,
-                apply=arms.apply,
-                poll_s=settings.experiments_poll_s,
-                metrics=metrics,
-            )
-            await watch.load()
-            watching = asyncio.create_task(watch.run())
+        await arms.start()
         # The first request finds a connection, and need not wait for one to be made.
         await store.is_ready()
         # What is there by now stays: no collection need look at it again. Requests leave no cycles
@@ -108,18 +96,17 @@ async def running(
             settings=settings,
             history=store,
             arms=arms,
-            watch=watch,
+            supervised=supervised,
             metrics=metrics,
             titles=titles,
             watchdog=watchdog,
             access=access,
         )
     finally:
-        for task in (watching, following):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        if following is not None:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
         await arms.close()
         await store.close()
         watchdog.stop()

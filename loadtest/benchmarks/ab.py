@@ -267,6 +267,7 @@ def _service(experiments: Path, redis_url: str) -> Iterator[str]:
     command = [
         *(sys.executable, "-m", "service", "--experiments", str(experiments)),
         *("--redis-url", redis_url, "--key-prefix", _PREFIX, "--port", str(port)),
+        *("--drain-s", "0"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, process_group=0)
     try:

@@ -71,7 +71,7 @@ def histories(bundle: Path, length: int, n: int = USERS) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunningService:
-    """A service under measurement."""
+    """A service under measurement. `pid`: of the process that supervises its workers."""
 
     target: Target
     pid: int
@@ -82,14 +82,19 @@ class RunningService:
         return f"http://{self.target.host}:{self.target.port}"
 
     def cpu_s(self) -> float:
-        """Return the processor seconds that it has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Return the processor seconds that all its processes have used."""
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self._pids()]
+        fields = [stat.rpartition(")")[2].split() for stat in stats]
+        return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
 
     def rss_bytes(self) -> int:
-        """Return its resident memory."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        """Return the resident memory of all its processes."""
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._pids()]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def _pids(self) -> list[int]:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [self.pid, *map(int, children.split())]
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples of /metrics that have these labels, 0 without any."""
@@ -109,7 +114,7 @@ def service(
     port = free_port()
     command = [
         *(sys.executable, "-m", "service", "--bundle", str(bundle), "--redis-url", redis_url),
-        *("--port", str(port), "--threads", str(threads), *flags),
+        *("--port", str(port), "--threads", str(threads), "--drain-s", "0", *flags),
     ]
     process = subprocess.Popen(
         command,

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
+from service.metrics import SupervisorMetrics
 from tests.service.conftest import patient_settings
 from tests.service.dummy_model import DummyModel
 from tests.service.live_service import live_service
@@ -27,7 +29,9 @@ def exposed() -> dict[str, str]:
     model = DummyModel()
     settings = patient_settings("redis://127.0.0.1:1/0")  # a closed port: nobody is asked
     with live_service(create_app(settings, lambda _: model), model) as service:
-        families = text_string_to_metric_families(service.client.get("/metrics").text)
+        text = service.client.get("/metrics").text
+        text += generate_latest(SupervisorMetrics().registry).decode()
+        families = text_string_to_metric_families(text)
         # The parser leaves out what every counter's name ends with.
         return {
             f"{one.name}_total" if one.type == "counter" else one.name: one.type for one in families

@@ -1,4 +1,4 @@
-"""Arms over HTTP: who is answered by what, what shadows do, and what a changed file changes."""
+"""Arms over HTTP: who is answered by what, and what shadows do."""
 
 import time
 from collections import Counter
@@ -12,14 +12,15 @@ from redis import Redis
 
 from contract.errors import BundleError
 from service.app import create_app
-from service.experiment import read_experiment
+from service.errors import ModelFailedError
+from service.experiment import ExperimentError, read_experiment
+from service.settings import Settings
 from tests.service.conftest import patient_settings
 from tests.service.dummy_model import HISTORY_LENGTH, QUICK, DummyModel, score_of
 from tests.service.histories import NOW, records, steps
 from tests.service.live_service import LiveService, in_background, live_service, wait_until
 from tests.service.problem_answers import assert_problem
 
-POLL_S = 0.02
 USERS = [f"user {n}" for n in range(60)]
 HALVES = {"din": "share = 0.5", "imn": "share = 0.5"}
 
@@ -27,9 +28,10 @@ HALVES = {"din": "share = 0.5", "imn": "share = 0.5"}
 class Shop:
     """A running service, its experiments file, and the models that its bundles hold."""
 
-    def __init__(self, path: Path, models: dict[str, DummyModel]) -> None:
+    def __init__(self, path: Path, models: dict[str, DummyModel], redis_url: str) -> None:
         self.path = path
         self.models = models
+        self._redis_url = redis_url
         self.opened: list[str] = []
         self.service: LiveService
 
@@ -39,36 +41,16 @@ class Shop:
             raise BundleError(f"bundle {bundle}: no such folder")
         return self.models[bundle.name]
 
-    def write(self, arms: dict[str, str], *, salt: str = "s") -> None:
-        """Replace the file; an arm's bundle is named as it is unless it says another."""
-        text = f'salt = "{salt}"\n'
+    def write(self, arms: dict[str, str]) -> None:
+        """Write the file; an arm's bundle is named as it is unless it says another."""
+        text = 'salt = "s"\n'
         for name, says in arms.items():
             bundle = "" if "bundle" in says else f'bundle = "{name}"\n'
             text += f"[arms.{name}]\n{bundle}{says}\n"
-        self.write_text(text)
+        self.path.write_text(text)
 
-    def write_text(self, text: str) -> None:
-        staging = self.path.with_suffix(".new")
-        staging.write_text(text)
-        staging.rename(self.path)
-
-    def apply(self, arms: dict[str, str], *, salt: str = "s") -> None:
-        """Replace the file and return when it is applied."""
-        before = self.reloads("applied")
-        self.write(arms, salt=salt)
-        wait_until(lambda: self.reloads("applied") > before, "the file is applied")
-
-    def reloads(self, outcome: str) -> float:
-        return self.service.metric("mneme_experiment_reloads_total", outcome=outcome)
-
-    def refusal(self) -> str:
-        """Return why the file is refused, as soon as it is."""
-        wait_until(lambda: self.experiment()["refused"] is not None, "the file is refused")
-        return str(self.experiment()["refused"])
-
-    def experiment(self) -> dict[str, object]:
-        found: dict[str, object] = self.service.client.get("/experiments").json()
-        return found
+    def settings(self, **changes: Any) -> Settings:
+        return patient_settings(self._redis_url, bundle=None, experiments=self.path, **changes)
 
     def arm_of(self, user_id: str) -> str:
         answer = self.service.score(user_id)
@@ -84,20 +66,28 @@ def model(version: str, warm_up_took: Sequence[tuple[int, float]] = QUICK) -> Du
 
 
 @pytest.fixture
-def open_shop(tmp_path, redis_url) -> Iterator[Callable[..., Shop]]:
+def make_shop(tmp_path, redis_url) -> Callable[..., Shop]:
+    """Write a shop's file."""
+
+    def make(arms: dict[str, str], next_takes: Sequence[tuple[int, float]] = QUICK) -> Shop:
+        models = {name: model(f"{name}-v") for name in ("din", "imn")}
+        models["next"] = model("next-v", next_takes)
+        shop = Shop(tmp_path / "experiments.toml", models, redis_url)
+        shop.write(arms)
+        return shop
+
+    return make
+
+
+@pytest.fixture
+def open_shop(make_shop) -> Iterator[Callable[..., Shop]]:
     running = []
 
     def start(
         arms: dict[str, str], *, next_takes: Sequence[tuple[int, float]] = QUICK, **settings: Any
     ) -> Shop:
-        models = {name: model(f"{name}-v") for name in ("din", "imn", "din-2")}
-        models["next"] = model("next-v", next_takes)
-        shop = Shop(tmp_path / "experiments.toml", models)
-        shop.write(arms)
-        chosen = patient_settings(
-            redis_url, bundle=None, experiments=shop.path, experiments_poll_s=POLL_S, **settings
-        )
-        live = live_service(create_app(chosen, shop.open), None)
+        shop: Shop = make_shop(arms, next_takes)
+        live = live_service(create_app(shop.settings(**settings), shop.open), None)
         shop.service = live.__enter__()
         running.append(live)
         for one in shop.models.values():
@@ -270,109 +260,31 @@ class TestShadow:
         assert open_shop(self.ARMS).service.score("ann", arm="next").json()["version"] == "next-v"
 
 
-class TestChangedFile:
-    def test_it_is_applied_without_a_restart(self, open_shop):
-        shop = open_shop({"din": "share = 1"})
-        assert {shop.arm_of(user) for user in USERS} == {"din"}
-        shop.apply({"imn": "share = 1"})
-        assert {shop.arm_of(user) for user in USERS} == {"imn"}
-        info = shop.service.metric
-        assert info("mneme_model_info", model="dummy", arm="din", version="din-v") == 0
-        assert info("mneme_model_info", model="dummy", arm="imn", version="imn-v") == 1
-
-    def test_another_salt_alone_opens_nothing_anew(self, open_shop):
-        shop = open_shop(HALVES)
-        shop.apply(HALVES, salt="another")
-        assert shop.experiment()["salt"] == "another"
-        assert shop.opened == ["din", "imn"]
-
-    def test_another_bundle_of_an_arm_is_another_version(self, open_shop):
-        shop = open_shop(HALVES)
-        shop.apply({**HALVES, "din": 'share = 0.5\nbundle = "din-2"'})
-        assert shop.service.score("ann", arm="din").json()["version"] == "din-2-v"
-        assert shop.opened == ["din", "imn", "din-2"]
+class TestRefused:
+    """What cannot be served is not started; the supervisor tells why, and what was served stays."""
 
     @pytest.mark.parametrize(
         ("arms", "reason"),
         [
-            ({"din": "share = 0.4", "imn": "share = 0.5"}, "must add up to 1"),
             ({"din": "share = 0.5", "nowhere": "share = 0.5"}, "no such folder"),
             ({"din": "share = 0.5", "imn": "share = 0.5\nhistory_length = 9"}, "at most 8 beh"),
-            ({"din": "share = 0.5", "imn": "share = 0.5\ncolor = 1"}, "arms.imn.color: Extra"),
         ],
-        ids=["shares", "a bundle", "a length", "an unknown key"],
+        ids=["a bundle", "a length"],
     )
-    def test_what_does_not_hold_is_refused_whole_with_the_reason(self, open_shop, arms, reason):
-        shop = open_shop(HALVES)
-        before = {user: shop.arm_of(user) for user in USERS}
-        shop.write(arms, salt="never applied")
-        assert reason in shop.refusal()
-        assert shop.experiment()["salt"] == "s"
-        assert shop.experiment()["shares"] == {"din": 0.5, "imn": 0.5}
-        assert {user: shop.arm_of(user) for user in USERS} == before
-        assert shop.reloads("refused") == 1
+    async def test_an_arm_that_cannot_be_served(self, make_shop, arms, reason):
+        shop = make_shop(arms)
+        app = create_app(shop.settings(), shop.open)
+        with pytest.raises((BundleError, ExperimentError), match=reason):
+            async with app.router.lifespan_context(app):
+                pass
 
-    def test_a_model_that_cannot_be_warmed_up_is_refused_and_leaves_nothing_behind(self, open_shop):
-        shop = open_shop({"din": "share = 1"})
+    async def test_a_model_that_cannot_be_warmed_up(self, make_shop):
+        shop = make_shop({"din": "share = 0.5", "imn": "share = 0.5"})
         shop.models["imn"].fails_with = RuntimeError("broken")
-        shop.write({"imn": "share = 1"})
-        assert shop.refusal() == "the model failed: broken"
-        assert shop.arm_of("ann") == "din"
-        shop.models["imn"].fails_with = None
-        shop.apply({"imn": "share = 1"}, salt="another")
-        assert shop.arm_of("ann") == "imn"
-
-    def test_a_file_that_goes_away_changes_nothing_and_may_come_back(self, open_shop):
-        shop = open_shop(HALVES)
-        shop.path.unlink()
-        assert "cannot be read" in shop.refusal()
-        assert shop.service.metric("mneme_experiment_refused") == 1
-        assert shop.arm_of("ann") in HALVES
-        shop.apply(HALVES)
-        assert shop.experiment()["refused"] is None
-        assert shop.service.metric("mneme_experiment_refused") == 0
-
-    def test_half_a_file_is_refused_and_the_whole_is_applied(self, open_shop):
-        shop = open_shop(HALVES)
-        shop.write_text('salt = "t"\n[arms.din]\nbundle = "din"\nshare = 0.5\n[arms.imn]\nbun')
-        assert "not TOML" in shop.refusal()
-        shop.apply(HALVES, salt="t")
-        assert shop.experiment() == {
-            "salt": "t",
-            "shares": {"din": 0.5, "imn": 0.5},
-            "shadows": {},
-            "refused": None,
-        }
-
-    def test_who_is_inside_an_arm_that_goes_is_answered(self, open_shop):
-        shop = open_shop({"din": "share = 1"}, max_batch_work=1)
-        shop.models["din"].takes_s = 0.1
-        with in_background() as begin:
-            inside = [begin(shop.service.score, user) for user in USERS[:20]]
-            wait_until(lambda: len(shop.models["din"].runs) >= 1, "the first is being scored")
-            shop.apply({"imn": "share = 1"})
-            assert not all(one.done() for one in inside)
-            assert shop.arm_of("ann") == "imn"
-            assert {one.result().json()["arm"] for one in inside} == {"din"}
-
-    def test_requests_meanwhile_are_answered_by_one_state_or_the_other(self, open_shop):
-        """No moment has an arm of one file and the version of the other, and nobody fails."""
-        shop = open_shop({"din": "share = 1"})
-        both = ({"imn": 'share = 1\nbundle = "imn"'}, {"din": "share = 1"})
-        seen: Counter[tuple[int, str, str]] = Counter()
-
-        def ask() -> None:
-            for n in range(150):
-                answer = shop.service.score(f"u{n}")
-                seen[answer.status_code, answer.json()["arm"], answer.json()["version"]] += 1
-
-        with in_background() as begin:
-            asking = [begin(ask) for _ in range(2)]
-            for k in range(6):
-                shop.apply(both[k % 2], salt=f"s{k}")
-            for one in asking:
-                one.result()
-        assert set(seen) == {(200, "din", "din-v"), (200, "imn", "imn-v")}
+        app = create_app(shop.settings(), shop.open)
+        with pytest.raises(ModelFailedError, match="the model failed: broken"):
+            async with app.router.lifespan_context(app):
+                pass
 
 
 def test_events_reach_the_history_of_every_arm(open_shop, redis: Redis):
@@ -388,7 +300,7 @@ def test_the_longest_arm_says_how_much_is_kept(open_shop, redis: Redis):
     for second in range(5):
         shop.service.events(("ann", 1 + second, NOW + second))
     assert redis.strlen("history:ann") == 12 * 2  # cut back when it held more than twice as many
-    shop.apply({"din": "share = 1\nhistory_length = 8"})
+    shop = open_shop({"din": "share = 1\nhistory_length = 8"})
     for second in range(5, 12):
         shop.service.events(("ann", 1 + second, NOW + second))
     assert redis.strlen("history:ann") == 12 * 9

@@ -4,20 +4,17 @@ import hashlib
 import json
 import logging
 import os
-import signal
+import socket
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from contract.bundle import GOLDEN
@@ -30,7 +27,8 @@ from service.experiment import read_experiment
 from tests.service.histories import NOW, records, steps, write_log
 from tests.service.live_service import PATIENCE_S, wait_until
 from tests.service.logged import events_of
-from tests.service.tiny_bundle import HISTORY_LENGTH, ITEM_IDS, flip_a_byte
+from tests.service.running_service import running_service
+from tests.service.tiny_bundle import HISTORY_LENGTH, ITEM_IDS, change_manifest, flip_a_byte
 
 STARTED, STOPPED = "service-started", "service-stopped"
 OFFLINE_PACKAGES = ("torch", "training", "exporter", "loadtest", "polars", "onnx", "matplotlib")
@@ -58,47 +56,6 @@ def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@contextmanager
-def running_service(
-    *arguments: str | Path, **environment: str
-) -> Iterator["subprocess.Popen[str]"]:
-    """Run the service in a process group of its own; kill all of it that the test did not end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service", *arguments],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def is_ready(url: str, process: "subprocess.Popen[str]") -> bool:
-    assert process.poll() is None, "the service has ended"
-    try:
-        return httpx.get(f"{url}/readyz", trust_env=False).is_success
-    except httpx.TransportError:
-        return False
-
-
-def living_of_group(group: int) -> list[str]:
-    """Return the processes of a group; one that has ended and waits for its parent is none."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            pid, rest = path.parent.name, path.read_text().rpartition(")")[2].split()
-            state, process_group = rest[0], int(rest[2])
-            if process_group == group and state not in "ZX":
-                found.append(f"{pid} {state}")
-    return found
-
-
 def one_line(text: str) -> str:
     (line,) = text.splitlines()
     assert line.startswith("error: ")
@@ -106,17 +63,19 @@ def one_line(text: str) -> str:
 
 
 class TestServe:
-    def test_it_serves_a_bundle_without_torch_and_ends_on_sigterm(self, good_bundle, redis_url):
+    def test_it_serves_a_bundle_without_torch_and_ends_on_sigterm(
+        self, good_bundle, redis_url, tmp_path
+    ):
         """The golden scores over real HTTP; then no process of its group is left."""
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        arguments = ("--bundle", good_bundle, "--redis-url", redis_url, "--port", str(port))
-        with running_service(*arguments, "--redis-timeout-s", "5") as process:
-            wait_until(lambda: is_ready(url, process), "the service is ready")
+        arguments = ("--bundle", good_bundle, "--redis-url", redis_url)
+        with running_service(*arguments, folder=tmp_path) as service:
+            service.wait_until_ready()
 
-            mapped = Path(f"/proc/{process.pid}/maps").read_text()
+            (worker,) = service.pids
+            mapped = Path(f"/proc/{worker}/maps").read_text()
             assert "libtorch" not in mapped
             assert "onnxruntime" in mapped
+            assert "onnxruntime" not in Path(f"/proc/{service.process.pid}/maps").read_text()
 
             golden = GoldenRows.load(good_bundle / GOLDEN)
             for row, raw in enumerate(golden.histories):
@@ -124,34 +83,38 @@ class TestServe:
                     {"item_id": int(record["item"]), "time": int(record["time"])}
                     for record in decode_records(raw)
                 ]
-                answer = httpx.post(
-                    f"{url}/score",
-                    json={
+                answer = service.post(
+                    "/score",
+                    {
                         "user_id": "golden",
                         "candidates": golden.candidates[row].tolist(),
                         "ranking_time": int(golden.ranking_times[row]),
                         "history": history,
                     },
-                    headers={"X-Deadline-Ms": "30000"},
-                    trust_env=False,
+                    **{"X-Deadline-Ms": "30000"},
                 )
                 assert answer.status_code == 200, answer.text
                 assert answer.json()["version"] == "tiny-1"
                 assert answer.json()["history_length"] == min(len(history), HISTORY_LENGTH)
                 np.testing.assert_allclose(answer.json()["scores"], golden.scores[row], atol=1e-5)
 
-            process.send_signal(signal.SIGTERM)
-            stdout, stderr = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode in (0, -signal.SIGTERM)
-        assert stdout == f"serving tiny-1 at {url}\n"
-        started, stopped = events_of(stderr)
-        assert (started["event"], stopped["event"]) == (STARTED, STOPPED)
+            stdout, stderr = service.end()
+        assert service.process.returncode == 0
+        assert stdout == f"serving tiny-1 at {service.url}\n"
+        started, draining, stopped = events_of(stderr)
+        assert [started["event"], draining["event"], stopped["event"]] == [
+            STARTED,
+            "draining",
+            STOPPED,
+        ]
         assert started["arms"] == {"main": "tiny-1"}
-        assert started["pid"] == process.pid
+        assert started["pid"] == stopped["pid"] == worker
+        assert draining["pid"] == service.process.pid
+        assert service.metrics_folders == []
         with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+            os.killpg(service.process.pid, 0)
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/healthz", trust_env=False)
+            service.get("/healthz")
 
     def test_nothing_that_trains_is_imported(self, good_bundle):
         program = (
@@ -233,33 +196,30 @@ class TestServe:
         assert printed.out == ""
 
     @pytest.mark.parametrize("style", ["json", "text"])
-    def test_slow_requests_are_lines_on_stderr(self, good_bundle, redis_url, style):
+    def test_slow_requests_are_lines_on_stderr(self, good_bundle, redis_url, style, tmp_path):
         """With any number of them the lines stay whole, and stdout is not theirs."""
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        arguments = ("--bundle", good_bundle, "--redis-url", redis_url, "--port", str(port))
+        arguments = ("--bundle", good_bundle, "--redis-url", redis_url)
         logs = ("--log-format", style, "--slow-request-s", "1e-9", "--slow-log-per-s", "1000")
-        with running_service(*arguments, *logs, "--redis-timeout-s", "5") as process:
-            wait_until(lambda: is_ready(url, process), "the service is ready")
+        with running_service(*arguments, *logs, folder=tmp_path) as service:
+            service.wait_until_ready()
+            (worker,) = service.pids
             for n in range(20):
-                answer = httpx.post(
-                    f"{url}/score",
-                    json={"user_id": "somebody-in-particular", "candidates": [1]},
-                    headers={"X-Deadline-Ms": "30000", "X-Request-Id": f"request-{n}"},
-                    trust_env=False,
+                answer = service.post(
+                    "/score",
+                    {"user_id": "somebody-in-particular", "candidates": [1]},
+                    **{"X-Deadline-Ms": "30000", "X-Request-Id": f"request-{n}"},
                 )
                 assert answer.status_code == 200, answer.text
-            process.send_signal(signal.SIGTERM)
-            stdout, stderr = process.communicate(timeout=PATIENCE_S)
-        assert stdout == f"serving tiny-1 at {url}\n"
+            stdout, stderr = service.end()
+        assert stdout == f"serving tiny-1 at {service.url}\n"
         assert "somebody-in-particular" not in stderr
         lines = stderr.splitlines()
-        assert len(lines) == 20 + 2
-        for n, line in enumerate(lines[1:-1]):
+        assert len(lines) == 20 + 3
+        for n, line in enumerate(lines[1:-2]):
             if style == "json":
                 assert json.loads(line)["request_id"] == f"request-{n}"
             else:
-                assert f' request-slow logger="service.request_log" pid={process.pid} ' in line
+                assert f' request-slow logger="service.request_log" pid={worker} ' in line
                 assert f' request_id="request-{n}" ' in line
 
     def test_tracing_without_its_extra_is_one_line(self, capsys, monkeypatch, good_bundle):
@@ -283,86 +243,6 @@ class TestServe:
         assert "--max-queue-work VALUE" in capsys.readouterr().out
 
 
-class Workers:
-    """A running service of several processes."""
-
-    def __init__(self, process: "subprocess.Popen[str]", url: str, folder: Path) -> None:
-        self.process = process
-        self.url = url
-        self._folder = folder
-
-    @property
-    def pids(self) -> set[int]:
-        """Children that serve, not the one that minds multiprocessing's resources."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return {int(pid) for pid in children.split() if b"spawn_main" in _command_line(pid)}
-
-    @property
-    def metrics_folders(self) -> list[Path]:
-        return list(self._folder.glob("mneme-metrics-*"))
-
-    def have_answered(self) -> set[int]:
-        """Return the workers that have a count of a scored request."""
-        (folder,) = self.metrics_folders
-        counters = {int(path.stem.split("_")[1]): path for path in folder.glob("counter_*.db")}
-        return {pid for pid, path in counters.items() if b'"/score"' in path.read_bytes()}
-
-    def score(self, _: int = 0) -> None:
-        """Send one request on a connection of its own."""
-        answer = httpx.post(
-            f"{self.url}/score",
-            json={"user_id": "ann", "candidates": [int(ITEM_IDS[0])]},
-            headers={"X-Deadline-Ms": "30000"},
-            trust_env=False,
-            verify=False,
-            timeout=PATIENCE_S,
-        )
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["version"] == "tiny-1"
-
-    def score_until_all_have(self, pids: set[int]) -> int:
-        """Send requests, eight at a time, until all the workers have scored; return how many."""
-        n = 0
-
-        def all_have() -> bool:
-            nonlocal n
-            if pids <= self.have_answered():
-                return True
-            list(pool.map(self.score, range(8)))
-            n += 8
-            return False
-
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            wait_until(all_have, "each worker has scored")
-        return n
-
-    def samples(self) -> dict[str, float]:
-        """Return those samples of /metrics that this test sums, from whoever answers."""
-        text = httpx.get(f"{self.url}/metrics", trust_env=False).text
-        sums: defaultdict[str, float] = defaultdict(float)
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                part = sample.labels.get("route", sample.labels.get("stage", ""))
-                sums[f"{sample.name} {part}"] += sample.value
-        return sums
-
-    def assert_sums(self, n_scored: int) -> None:
-        """Expect the same sums, whichever worker is asked."""
-        for _ in range(8):
-            found = self.samples()
-            assert found["mneme_requests_total /score"] == n_scored
-            assert found["mneme_stage_seconds_count total"] == n_scored
-            assert found["mneme_batch_requests_sum "] == n_scored
-            assert found["mneme_history_behaviors_count "] == n_scored
-            assert found["mneme_model_info "] == 1
-
-
-def _command_line(pid: str) -> bytes:
-    with suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
-
-
 class TestExperiments:
     ARMS = """
 salt = "s"
@@ -381,24 +261,35 @@ history_length = 1
         users = [f"user {n}" for n in range(40)]
         expected = [read_experiment(path).arm_of(user) for user in users]
         for _ in range(2):
-            port = free_port()
-            url = f"http://127.0.0.1:{port}"
-            arguments = ("--experiments", path, "--redis-url", redis_url, "--port", str(port))
-            with running_service(*arguments, "--workers", "2", "--threads", "1") as process:
-                wait_until(lambda: is_ready(url, process), "the service is ready")  # noqa: B023
+            arguments = ("--experiments", path, "--redis-url", redis_url, "--workers", "2")
+            with running_service(*arguments, folder=tmp_path) as service:
+                service.wait_until_ready()
                 # Each on a connection of its own: whichever worker takes it.
-                assert [self.arm_of(url, user) for user in users] == expected
+                assert [service.score(user)["arm"] for user in users] == expected
 
-    def arm_of(self, url: str, user: str) -> str:
-        answer = httpx.post(
-            f"{url}/score",
-            json={"user_id": user, "candidates": [1]},
-            headers={"X-Deadline-Ms": "30000"},
-            trust_env=False,
-        )
-        assert answer.status_code == 200, answer.text
-        arm: str = answer.json()["arm"]
-        return arm
+    def test_a_changed_file_is_served_whole_or_not_at_all(self, good_bundle, redis_url, tmp_path):
+        path = tmp_path / "experiments.toml"
+        path.write_text(self.ARMS.format(bundle=good_bundle))
+        with running_service(
+            "--experiments", path, "--redis-url", redis_url, folder=tmp_path
+        ) as service:
+            service.wait_until_ready()
+            path.write_text(self.ARMS.format(bundle=good_bundle).replace('salt = "s"', "salt ="))
+            assert "not TOML" in service.wait_for_reload(1)["reason"]
+            assert "not TOML" in service.get("/experiments").json()["refused"]
+            path.write_text(
+                self.ARMS.format(bundle=good_bundle).replace('salt = "s"', 'salt = "t"')
+            )
+            assert service.wait_for_reload(2)["outcome"] == "applied"
+            assert service.get("/experiments").json() == {
+                "salt": "t",
+                "shares": {"a": 0.5, "b": 0.5},
+                "shadows": {},
+                "refused": None,
+            }
+            path.unlink()
+            assert "cannot be read" in service.wait_for_reload(3)["reason"]
+            assert service.score()["arm"] in {"a", "b"}
 
     def test_a_bundle_that_is_not_there_ends_it_with_one_line(self, tmp_path):
         path = tmp_path / "experiments.toml"
@@ -423,61 +314,70 @@ history_length = 1
 
 
 class TestWorkers:
-    @pytest.fixture
-    def start(self, tmp_path, redis_url):
-        """Start two workers whose temporary files stand in a folder of the test's own."""
-
-        @contextmanager
-        def begin(bundle: Path) -> Iterator[Workers]:
-            port = str(free_port())
-            arguments = ("--bundle", bundle, "--redis-url", redis_url, "--port", port)
-            flags = ("--redis-timeout-s", "5", "--workers", "2", "--threads", "1")
-            with running_service(*arguments, *flags, TMPDIR=str(tmp_path)) as process:
-                yield Workers(process, f"http://127.0.0.1:{port}", tmp_path)
-
-        return begin
-
-    def test_they_serve_and_count_together_and_are_replaced_and_end_together(
-        self, start, good_bundle
-    ):
-        """One is killed in between: what it had counted stays."""
-        with start(good_bundle) as workers:
-            process = workers.process
-            wait_until(lambda: is_ready(workers.url, process), "one worker is ready")
-            wait_until(lambda: len(workers.pids) == 2, "there are two workers")
-            first = workers.pids
-            n_scored = workers.score_until_all_have(first)
-            workers.assert_sums(n_scored)
-
-            killed = min(first)
-            os.kill(killed, signal.SIGKILL)
-            wait_until(lambda: len(workers.pids - {killed}) == 2, "there is a new worker")
-            workers.assert_sums(n_scored)
-            n_scored += workers.score_until_all_have(workers.pids)
-            workers.assert_sums(n_scored)
-            (folder,) = workers.metrics_folders
-            assert list(folder.glob(f"counter_{killed}.db"))
-            assert list(folder.glob(f"gauge_live*_{killed}.db")) == []
-
-            process.send_signal(signal.SIGTERM)
-            stdout, stderr = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode in (0, -signal.SIGTERM)
-        assert stdout == f"serving tiny-1 at {workers.url}\n"
+    def test_they_serve_and_count_together_and_end_together(self, good_bundle, redis_url, tmp_path):
+        arguments = ("--bundle", good_bundle, "--redis-url", redis_url, "--workers", "2")
+        with running_service(*arguments, folder=tmp_path) as service:
+            service.wait_until_ready()
+            wait_until(lambda: len(service.serving()) == 2, "there are two workers")
+            n_scored = service.score_until_all_have(service.pids)
+            for _ in range(8):  # the same sums, whichever worker is asked
+                found = service.samples()
+                assert found["mneme_requests_total /score"] == n_scored
+                assert found["mneme_stage_seconds_count total"] == n_scored
+                assert found["mneme_batch_requests_sum"] == n_scored
+                assert found["mneme_history_behaviors_count"] == n_scored
+                assert found["mneme_model_info"] == 1
+            stdout, stderr = service.end()
+            assert service.process.returncode == 0
+            assert service.living() == []
+        assert stdout == f"serving tiny-1 at {service.url}\n"
         told = Counter(event["event"] for event in events_of(stderr))
-        assert told == {STARTED: 3, STOPPED: 2}
-        assert workers.metrics_folders == []
-        wait_until(lambda: living_of_group(process.pid) == [], "all processes have ended")
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{workers.url}/healthz", trust_env=False)
+        assert told == {STARTED: 2, "draining": 1, STOPPED: 2}
+        assert service.metrics_folders == []
 
-    def test_a_broken_bundle_is_one_line_and_no_worker_is_tried(self, start, bundle):
+    def test_a_broken_bundle_is_one_line_of_all_of_them(self, bundle, redis_url, tmp_path):
         flip_a_byte(bundle / "model.onnx")
-        with start(bundle) as workers:
-            stdout, stderr = workers.process.communicate(timeout=PATIENCE_S)
-        assert workers.process.returncode == 2
+        arguments = ("--bundle", bundle, "--redis-url", redis_url, "--workers", "2")
+        with running_service(*arguments, folder=tmp_path) as service:
+            stdout, stderr = service.wait()
+        assert service.process.returncode == 2
         assert stdout == ""
         assert one_line(stderr).startswith(f"error: bundle {bundle}: model.onnx has sha256 ")
-        assert workers.metrics_folders == []
+        assert service.metrics_folders == []
+
+
+class TestPointer:
+    def test_it_names_one_bundle_and_then_the_one_before(
+        self, bundle, good_bundle, tmp_path, capsys
+    ):
+        change_manifest(bundle, model_version="tiny-2")
+        pointer = tmp_path / "pointer"
+        assert main(["publish", str(pointer), str(good_bundle)]) == 0
+        assert main(["publish", str(pointer), str(bundle)]) == 0
+        assert main(["rollback", str(pointer)]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"{pointer} names {good_bundle} (tiny-1)",
+            f"{pointer} names {bundle} (tiny-2)",
+            f"{pointer} names {good_bundle} (tiny-1)",
+        ]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["publish", "pointer", "nowhere"], "bundle nowhere: no such folder"),
+            (["rollback", "nowhere"], "pointer nowhere: cannot be read"),
+        ],
+        ids=["no bundle", "no pointer"],
+    )
+    def test_an_error_of_the_operator_is_one_line(self, capsys, arguments, message):
+        assert main(arguments) == 2
+        assert message in one_line(capsys.readouterr().err)
+
+    def test_an_address_that_is_taken_is_one_line(self, good_bundle, capsys):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            assert main(["--bundle", str(good_bundle), "--port", port]) == 2
+        assert f"cannot listen on 127.0.0.1:{port}: " in one_line(capsys.readouterr().err)
 
 
 class TestProfile:
@@ -617,26 +517,25 @@ class TestKeys:
     ):
         key, lines = self.make(capsys, "all", "--roles", "score", "metrics")
         (tmp_path / "keys.toml").write_text(lines)
-        port, admin = free_port(), free_port()
-        url, admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}"
-        flags = ["--bundle", good_bundle, "--redis-url", redis_url, "--redis-timeout-s", "5"]
-        flags += ["--port", str(port), "--admin-port", str(admin), "--workers", str(workers)]
-        flags += ["--api-keys", tmp_path / "keys.toml", "--host", "0.0.0.0"]
-        with running_service(*flags) as process:
-            wait_until(lambda: is_ready(url, process), "the service is ready")
+        admin = free_port()
+        admin_url = f"http://127.0.0.1:{admin}"
+        flags = ["--bundle", good_bundle, "--redis-url", redis_url, "--admin-port", str(admin)]
+        flags += ["--workers", str(workers), "--api-keys", tmp_path / "keys.toml"]
+        flags += ["--host", "0.0.0.0"]
+        with running_service(*flags, folder=tmp_path) as service:
+            service.wait_until_ready()
 
             def status(address: str, path: str, **headers: str) -> int:
                 return httpx.get(f"{address}{path}", headers=headers, trust_env=False).status_code
 
             with_key = {"Authorization": f"Bearer {key}"}
             for _ in range(4):  # whichever worker answers
-                assert status(url, "/models") == 401
-                assert status(url, "/models", **with_key) == 200
-                assert status(url, "/metrics", **with_key) == 404
+                assert status(service.url, "/models") == 401
+                assert status(service.url, "/models", **with_key) == 200
+                assert status(service.url, "/metrics", **with_key) == 404
                 assert status(admin_url, "/metrics") == 401
                 assert status(admin_url, "/metrics", **with_key) == 200
                 assert status(admin_url, "/models", **with_key) == 404
                 assert status(admin_url, "/readyz") == 200
-            process.send_signal(signal.SIGTERM)
-            stdout, _ = process.communicate(timeout=PATIENCE_S)
+            stdout, _ = service.end()
         assert stdout.endswith(f", metrics and admin at {admin_url}\n")

@@ -9,7 +9,13 @@ from importlib.metadata import version
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import DROP_REASONS, FOLDER_VARIABLE, STAGES, Metrics
+from service.metrics import (
+    DROP_REASONS,
+    FOLDER_VARIABLE,
+    STAGES,
+    Metrics,
+    fold_ended_process,
+)
 from tests.service.arm_metrics import of_arm, sample
 from tests.service.live_service import PATIENCE_S
 
@@ -152,12 +158,20 @@ def test_workers_that_ended_leave_what_they_counted_and_nothing_that_waits(tmp_p
         assert done.stderr == ""
         return done.stdout
 
-    worker(DIE)
-    worker(DIE)
+    for _ in range(2):
+        worker(DIE)
+        (counter,) = tmp_path.glob("counter_[0-9]*.db")
+        fold_ended_process(tmp_path, int(counter.stem.removeprefix("counter_")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "counter_ended.db",
+        "histogram_ended.db",
+    ]
     found = samples(worker(SEE_REDIS + SAY))
     main = ("main", "dummy-1")
     assert found["mneme_requests_total", ("main", "/score", "200", "dummy-1")] == 3 * 2
     assert found["mneme_stage_seconds_count", ("main", "total", "dummy-1")] == 3
+    assert found["mneme_stage_seconds_bucket", ("main", "0.02", "total", "dummy-1")] == 3
+    assert found["mneme_stage_seconds_bucket", ("main", "0.015", "total", "dummy-1")] == 0
     assert found["mneme_queued_requests", main] == 5
     assert found["mneme_queued_work", main] == 500
     assert found["mneme_queue_work_limit", ()] == 1000

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,8 +15,9 @@ from redis import Redis
 from loadtest.redis_server import free_port, redis_server
 from service.api_keys import Role, described, make_key
 from tests.service.histories import steps, write_log
-from tests.service.live_service import PATIENCE_S, wait_until
-from tests.service.test_main import is_ready, living_of_group, run, running_service
+from tests.service.live_service import PATIENCE_S
+from tests.service.running_service import RunningService, running_service
+from tests.service.test_main import run
 
 PASSWORD = "open-sesame-8c1f"
 READS = (
@@ -49,9 +49,9 @@ def keys(tmp_path):
     return path, key
 
 
-def lists_of_processes(group: int) -> str:
-    """What everybody reads of the processes of a group: their names and arguments."""
-    pids = [one.split()[0] for one in living_of_group(group)]
+def lists_of_processes(service: RunningService) -> str:
+    """What everybody reads of the processes of a service: their names and arguments."""
+    pids = [one.split()[0] for one in service.living()]
     found = []
     for pid in pids:
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -61,18 +61,17 @@ def lists_of_processes(group: int) -> str:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_neither_password_nor_keys_are_in_anything_that_it_says(good_bundle, locked, keys, workers):
+def test_neither_password_nor_keys_are_in_anything_that_it_says(
+    good_bundle, locked, keys, workers, tmp_path
+):
     path, key = keys
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    flags = ["--bundle", good_bundle, "--port", str(port), "--workers", str(workers)]
+    flags = ["--bundle", good_bundle, "--workers", str(workers)]
     flags += ["--api-keys", path, "--log-level", "debug", "--log-personal-data", "true"]
-    with running_service(
-        *flags, "--redis-timeout-s", "5", REDIS_URL=f"redis://:{PASSWORD}@{locked}/0"
-    ) as process:
-        wait_until(lambda: is_ready(url, process), "the service is ready")
-        said = [lists_of_processes(process.pid)]
-        with httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_S) as client:
+    redis_url = f"redis://:{PASSWORD}@{locked}/0"
+    with running_service(*flags, folder=tmp_path, REDIS_URL=redis_url) as service:
+        service.wait_until_ready()
+        said = [lists_of_processes(service)]
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=PATIENCE_S) as client:
 
             def ask_everything(**headers: str) -> None:
                 body = {"user_id": "ann", "candidates": [1]}
@@ -93,8 +92,7 @@ def test_neither_password_nor_keys_are_in_anything_that_it_says(good_bundle, loc
                 ask_everything(Authorization=f"Bearer {key}")
                 redis.config_set("requirepass", PASSWORD)
             assert any("history-unavailable" in one for one in said)
-        process.send_signal(signal.SIGTERM)
-        said.extend(process.communicate(timeout=PATIENCE_S))
+        said.extend(service.end())
     assert "request-answered" in said[-1]
     text = "\n".join(said)
     assert PASSWORD not in text

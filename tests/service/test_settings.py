@@ -138,7 +138,6 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
         pytest.param(
             Settings(
                 experiments=Path("/a folder/of experiments.toml"),
-                experiments_poll_s=0.7,
                 redis_url="rediss://user:p%40ss@redis:6380/3",
                 key_prefix="shop:a",
                 redis_timeout_s=0.1 + 0.2,
@@ -174,6 +173,8 @@ def test_unknown_variables_with_the_prefix_are_refused(environment):
                 admin_host="::1",
                 redis_password_file=Path("/a folder/with a password"),
                 idempotency_life_s=1 / 9,
+                reload_poll_s=0.7,
+                drain_s=0.0,
             ),
             id="none of the defaults",
         ),
@@ -210,7 +211,9 @@ def test_the_settings_above_are_none_of_the_defaults():
         pytest.param({"redis_timeout_s": "-1"}, "redis_timeout_s: .* greater", id="negative"),
         pytest.param({"workers": "0"}, "workers: .* greater", id="no workers"),
         pytest.param({"workers": "257"}, "workers: .* less", id="many workers"),
-        pytest.param({"experiments_poll_s": "0"}, "experiments_poll_s: .* greater", id="no pause"),
+        pytest.param({"reload_poll_s": "0"}, "reload_poll_s: .* greater", id="no pause"),
+        pytest.param({"drain_s": "-1"}, "drain_s: .* greater", id="back in time"),
+        pytest.param({"wedged_s": "0"}, "wedged_s: .* greater", id="all are wedged"),
         pytest.param({"max_batch_work": "0"}, "max_batch_work: .* greater", id="no work"),
         pytest.param({"max_body_bytes": "1e3"}, "max_body_bytes: .* integer", id="float"),
         pytest.param({"key_prefix": ""}, "key_prefix: String should have", id="empty prefix"),
