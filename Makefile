@@ -57,7 +57,7 @@ bench: install
 	$(RUN) -m tests.benchmarks.loader
 	$(RUN) -m tests.benchmarks.product_keys
 	$(if $(DATA),$(RUN) -m tests.benchmarks.prepare '$(DATA)')
-	for name in engine length overhead overload soak peers; do $(RUN) -m loadtest $$name || exit 1; done
+	for name in engine length overhead overload growth peers; do $(RUN) -m loadtest $$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo runs bundles build *.egg-info

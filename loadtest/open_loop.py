@@ -23,9 +23,10 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import IO, cast
+from itertools import compress
+from typing import IO, Any, cast
 
 import httptools
 import numpy as np
@@ -167,7 +168,7 @@ class ScheduleResult(LoadResult):
             codes=self.codes[chosen],
             waited=self.waited[chosen],
             sent=self.sent[chosen],
-            answers=[self.answers[i] for i in np.flatnonzero(chosen)] if self.answers else (),
+            answers=list(compress(self.answers, chosen)),
         )
 
 
@@ -180,7 +181,10 @@ class RunningLoad:
         arrivals_s: NDArray[np.float64],
         duration_s: float,
         started_s: float,
+        *,
+        keep_answers: bool,
     ) -> None:
+        self._keep_answers = keep_answers
         self._children = children
         self._arrivals_s = arrivals_s
         self._duration_s = duration_s
@@ -191,29 +195,42 @@ class RunningLoad:
 
         What is in flight is awaited where it is; a connection is closed when it has no request.
         """
+        self._tell({"move": address})
+
+    def stop(self) -> None:
+        """Send nothing more; the result is that of what was due until now."""
+        self._duration_s = min(self._duration_s, time.monotonic() - self.started_s)
+        self._tell({"stop": True})
+
+    def _tell(self, command: Mapping[str, object]) -> None:
         for child in self._children:
-            _write(child, json.dumps(address).encode() + b"\n")
+            # One that has sent everything may be gone already. Not buffered: what a pipe refuses
+            # would be written once more when it is closed.
+            with suppress(BrokenPipeError):
+                os.write(_pipe(child.stdin).fileno(), json.dumps(command).encode() + b"\n")
 
     def result(self) -> ScheduleResult:
         """Wait until all requests are resolved; raises LoadError when a sending process fails."""
         n, processes = len(self._arrivals_s), len(self._children)
         latencies_s, send_delays_s = np.empty(n), np.empty(n)
         codes, waited, sent = np.empty(n, np.int16), np.empty(n, np.bool_), np.empty(n, np.bool_)
-        answers: list[bytes] = []
+        answers = [b""] * n
+        was_due = np.zeros(n, np.bool_)
         for first, child in enumerate(self._children):
             written = _pipe(child.stdout).read()
             if child.wait():
                 raise LoadError(f"a sending process ended with status {child.returncode}")
             outcome: _Outcome = pickle.loads(written)  # noqa: S301 # written by this very module
-            latencies_s[first::processes] = outcome.latencies_s
-            send_delays_s[first::processes] = outcome.send_delays_s
-            codes[first::processes] = outcome.statuses
-            waited[first::processes] = outcome.waited
-            sent[first::processes] = outcome.sent
-            if outcome.answers:
-                answers = answers or [b""] * n
-                answers[first::processes] = outcome.answers
-        return _schedule_result(
+            own = slice(first, first + processes * len(outcome.statuses), processes)
+            latencies_s[own] = outcome.latencies_s
+            send_delays_s[own] = outcome.send_delays_s
+            codes[own] = outcome.statuses
+            waited[own] = outcome.waited
+            sent[own] = outcome.sent
+            was_due[own] = True
+            if self._keep_answers:
+                answers[own] = outcome.answers
+        result = _schedule_result(
             duration_s=self._duration_s,
             arrivals_s=self._arrivals_s,
             latencies_s=latencies_s,
@@ -221,8 +238,9 @@ class RunningLoad:
             codes=codes,
             waited=waited,
             sent=sent,
-            answers=answers,
+            answers=answers if self._keep_answers else (),
         )
+        return result if was_due.all() else result.select(was_due, self._duration_s)
 
 
 def run_open_loop(
@@ -361,7 +379,7 @@ def running_schedule(
         start_s = time.monotonic() + _LEAD_S
         for child in children:
             _write(child, f"{start_s!r}\n".encode())
-        yield RunningLoad(children, arrivals_s, duration_s, start_s)
+        yield RunningLoad(children, arrivals_s, duration_s, start_s, keep_answers=keep_answers)
 
 
 def _schedule_result(
@@ -435,6 +453,16 @@ class _Outcome:
         self.sent = [True] * n
         self.unresolved = n
 
+    def drop_last(self, n: int) -> None:
+        """Forget the last `n` requests, of which nothing has become."""
+        arrays: tuple[list[Any], ...] = (
+            *(self.answers, self.latencies_s, self.send_delays_s),
+            *(self.statuses, self.waited, self.sent),
+        )
+        for array in arrays:
+            del array[-n:]
+        self.unresolved -= n
+
 
 @contextmanager
 def _child() -> Iterator["subprocess.Popen[bytes]"]:
@@ -493,16 +521,19 @@ async def _send(job: _Job) -> _Outcome:
         sys.stdout.buffer.write(b"ready\n")
         sys.stdout.buffer.flush()
         start_s = float(await lines.readline())
-        moves = asyncio.create_task(_follow(lines, sender))
+        commands = asyncio.create_task(_follow(lines, sender))
         outcome = await sender.send(requests, (start_s + job.arrivals_s).tolist())
-        moves.cancel()
+        commands.cancel()
         return outcome
 
 
 async def _follow(lines: asyncio.StreamReader, sender: "_Sender") -> None:
     while line := await lines.readline():
-        host, port = json.loads(line)
-        sender.move((host, port))
+        command = json.loads(line)
+        if "move" in command:
+            sender.move(tuple(command["move"]))
+        else:
+            sender.stop()
 
 
 class _Sender:
@@ -543,6 +574,15 @@ class _Sender:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+
+    def stop(self) -> None:
+        """Send nothing more, and be done with what was due."""
+        n_dropped = len(self._due_s) - self._next
+        if n_dropped:
+            del self._due_s[self._next :]
+            self._outcome.drop_last(n_dropped)
+            if self._outcome.unresolved == 0:
+                self._finished.set_result(None)
 
     def close(self) -> None:
         self._alarm.close()

@@ -50,7 +50,7 @@ def redis_server(port: int | None = None) -> Iterator[str]:
             process_group=0,
         )
         try:
-            _wait(process, port)
+            wait_for_redis(process, port)
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             process.send_signal(signal.SIGTERM)
@@ -65,7 +65,11 @@ def free_port() -> int:
         return port
 
 
-def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
+def wait_for_redis(process: "subprocess.Popen[bytes]", port: int) -> None:
+    """Return when the redis-server that is `process` answers on `port` of loopback.
+
+    Raises RedisServerError when it ends, or does not answer in time.
+    """
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -546,3 +546,40 @@ def test_a_load_that_moves_awaits_what_is_in_flight_where_it_is():
         result = load.result()
     assert result.answers == [b"old", b"old", b"new", b"new"]
     assert new.bodies == [b"2", b"3"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_load_that_is_stopped_has_the_requests_that_were_due(processes):
+    """Every request takes 0.2 s: some are in flight when the load is stopped."""
+    with (
+        small_server(Reply(delay_s=0.2)) as server,
+        running_schedule(
+            ("127.0.0.1", server.port),
+            [server.target.request(body) for body in BODIES],
+            np.arange(1000) / 100,
+            duration_s=10.0,
+            processes=processes,
+        ) as load,
+    ):
+        time.sleep(max(0.0, load.started_s + 0.5 - time.monotonic()))
+        load.stop()
+        result = load.result()
+    assert 40 < len(result.arrivals_s) < 200
+    assert result.statuses == {200: len(result.arrivals_s)}
+    assert (np.diff(result.arrivals_s) > 0).all()
+    assert 0.4 < result.duration_s < 2.0
+    assert len(server.bodies) == len(result.arrivals_s) + N_WARM_UP * processes
+
+
+def test_a_load_that_has_sent_everything_can_be_stopped():
+    with (
+        small_server(Reply()) as server,
+        running_schedule(
+            ("127.0.0.1", server.port), [server.target.request(b"0")], np.zeros(1), duration_s=0.1
+        ) as load,
+    ):
+        time.sleep(0.5)
+        load.stop()
+        result = load.result()
+    assert result.statuses == {200: 1}
+    assert result.duration_s == 0.1
