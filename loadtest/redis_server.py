@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _START_TIMEOUT_S = 10.0
+_CONFIG = "redis.conf"
 
 
 class RedisServerError(RuntimeError):
@@ -36,13 +37,51 @@ def find_redis_server() -> Path:
 @contextmanager
 def redis_server(port: int | None = None) -> Iterator[str]:
     """Run a Redis on loopback, in memory only, and yield its URL; end it with the block."""
-    port = free_port() if port is None else port
+    with redis_process(port) as process:
+        yield process.url
+
+
+@contextmanager
+def redis_process(
+    port: int | None = None, *arguments: str, config: str = ""
+) -> Iterator["RedisProcess"]:
+    """Run a Redis on loopback with further arguments, and yield it; end it with the block.
+
+    It stores in memory only, unless they say otherwise. `config`: lines of its file.
+    """
     with tempfile.TemporaryDirectory(prefix="mneme-redis-") as folder:
-        process = subprocess.Popen(
+        process = RedisProcess(
+            free_port() if port is None else port, Path(folder), *arguments, config=config
+        )
+        process.start()
+        try:
+            yield process
+        finally:
+            process.stop()
+
+
+class RedisProcess:
+    """A redis-server on a port of loopback, with its files in `folder`; it can be started again.
+
+    `arguments`: further ones, which win over `config`, lines of its file.
+    """
+
+    def __init__(self, port: int, folder: Path, *arguments: str, config: str = "") -> None:
+        self.port = port
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self._folder = folder
+        (folder / _CONFIG).write_text(config)
+        self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and return when it answers; raises RedisServerError when it does not."""
+        self._process = subprocess.Popen(
             [
-                find_redis_server(),
-                *("--port", str(port), "--bind", "127.0.0.1", "--dir", folder),
+                *(find_redis_server(), self._folder / _CONFIG),
+                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
                 *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
+                *self._arguments,
             ],
             stdout=subprocess.DEVNULL,
             # In a group of its own: Ctrl-C in the terminal must reach the parent alone, which then
@@ -50,11 +89,28 @@ def redis_server(port: int | None = None) -> Iterator[str]:
             process_group=0,
         )
         try:
-            wait_for_redis(process, port)
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            _wait(self._process, self.port)
+        except RedisServerError:
+            self.stop()
+            raise
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal: SIGSTOP and SIGCONT pause it, for one."""
+        assert self._process is not None, "not started"
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it without a moment to save anything."""
+        assert self._process is not None, "not started"
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End it in order; one that is paused or has ended, too."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait()
 
 
 def free_port() -> int:
@@ -65,11 +121,7 @@ def free_port() -> int:
         return port
 
 
-def wait_for_redis(process: "subprocess.Popen[bytes]", port: int) -> None:
-    """Return when the redis-server that is `process` answers on `port` of loopback.
-
-    Raises RedisServerError when it ends, or does not answer in time.
-    """
+def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -78,7 +130,9 @@ def wait_for_redis(process: "subprocess.Popen[bytes]", port: int) -> None:
             with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
                 connection.sendall(b"INFO server\r\n")
                 # Another Redis on this port would answer too: only the child's own answer counts.
-                if f"process_id:{process.pid}\r\n".encode() in connection.recv(1 << 16):
+                answer = connection.recv(1 << 16)
+                # One with a password tells nobody.
+                if f"process_id:{process.pid}\r\n".encode() in answer or b"-NOAUTH" in answer:
                     return
         except OSError:
             pass

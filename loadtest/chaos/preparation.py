@@ -14,7 +14,7 @@ from loadtest.bundles import make_bundle
 from loadtest.chaos.bench import Bench
 from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.pool import expect, make_pool
-from loadtest.chaos.stores import redis_node
+from loadtest.chaos.stores import single_store
 
 _CHECKPOINT = "model.pt"
 
@@ -99,7 +99,7 @@ def _bundles(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def _capacity(bench: Bench) -> float:
-    with redis_node(bench.folder / "capacity") as store:
+    with single_store() as store:
         bench.fill(store)
         with bench.serving(store.url) as ours:
             return bench.measured_capacity(ours)

@@ -24,7 +24,7 @@ from loadtest.chaos.bench import Bench, Injection, Watched, status, wait_until
 from loadtest.chaos.child import child
 from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.outcome import Outcome
-from loadtest.chaos.stores import RedisNode, redis_cluster, redis_node
+from loadtest.chaos.stores import SingleStore, cluster_store, single_store
 from loadtest.schedules import Stage
 
 Policy = Literal["refuse", "cold"]
@@ -49,7 +49,7 @@ class Row:
 
 
 def _kill_worker(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
-    with _store(bench, name) as store, bench.serving(store.url, "--workers", "2") as ours:
+    with _store(bench) as store, bench.serving(store.url, "--workers", "2") as ours:
 
         def inject(injection: Injection) -> None:
             victim = _serving(ours)[0]
@@ -68,7 +68,7 @@ def _sigterm(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
     drain_s = min(_MOST_DRAIN_S, bench.seconds / 4)
     flags = ("--drain-s", f"{drain_s:g}")
     with (
-        _store(bench, name) as store,
+        _store(bench) as store,
         bench.serving(store.url, *flags) as ours,
         bench.serving(store.url, *flags) as other,
     ):
@@ -97,7 +97,7 @@ def _reload(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
     pointer = bench.folder / f"{name}.pointer"
     bench.publish(pointer, bench.bundles[0])
     every_s = min(_RELOAD_EVERY_S, bench.seconds / 4)
-    with _store(bench, name) as store, bench.serving(store.url, bundle=pointer) as ours:
+    with _store(bench) as store, bench.serving(store.url, bundle=pointer) as ours:
 
         def inject(injection: Injection) -> None:
             before = status(ours)["generation"]
@@ -124,7 +124,7 @@ def _bad_bundle(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
         damage.__name__.strip("_").replace("_", " "): _damaged(good, bench.folder, damage)
         for damage in (_altered_graph, _other_golden_scores, _cut_manifest, _missing_graph)
     }
-    with _store(bench, name) as store, bench.serving(store.url, bundle=pointer) as ours:
+    with _store(bench) as store, bench.serving(store.url, bundle=pointer) as ours:
 
         def inject(injection: Injection) -> None:
             for what, bundle in bad.items():
@@ -152,32 +152,32 @@ def _bad_bundle(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
 
 
 def _redis_killed(policy: Policy, bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
-    def inject(store: RedisNode, _injection: Injection) -> None:
-        store.kill()
+    def inject(store: SingleStore, _injection: Injection) -> None:
+        store.process.kill()
         time.sleep(_pause_s(bench))
-        store.start()
+        store.process.start()
 
     return _hurt_redis(policy, inject, bench, name, fault)
 
 
 def _redis_paused(policy: Policy, bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
-    def inject(store: RedisNode, _injection: Injection) -> None:
-        store.pause()
+    def inject(store: SingleStore, _injection: Injection) -> None:
+        store.process.send_signal(signal.SIGSTOP)
         time.sleep(_pause_s(bench))
-        store.resume()
+        store.process.send_signal(signal.SIGCONT)
 
     return _hurt_redis(policy, inject, bench, name, fault)
 
 
 def _hurt_redis(
     policy: Policy,
-    hurt: Callable[[RedisNode, Injection], None],
+    hurt: Callable[[SingleStore, Injection], None],
     bench: Bench,
     name: str,
     fault: str,
 ) -> tuple[Outcome, Watched]:
     with (
-        _store(bench, name) as store,
+        _store(bench) as store,
         bench.serving(store.url, "--on-redis-failure", policy) as ours,
     ):
         return bench.show(
@@ -193,8 +193,8 @@ def _hurt_redis(
 
 def _redis_slow(policy: Policy, bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
     with (
-        _store(bench, name) as store,
-        child("loadtest.chaos.slow_proxy", [store.port]) as proxy,
+        _store(bench) as store,
+        child("loadtest.chaos.slow_proxy", [store.process.port]) as proxy,
         bench.serving(
             f"redis://127.0.0.1:{proxy.first_line}/0", "--on-redis-failure", policy
         ) as ours,
@@ -211,7 +211,7 @@ def _redis_slow(policy: Policy, bench: Bench, name: str, fault: str) -> tuple[Ou
 
 
 def _redis_full(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
-    def inject(store: RedisNode, injection: Injection) -> None:
+    def inject(store: SingleStore, injection: Injection) -> None:
         store.allow_memory(1)
         if store.can_write():
             injection.findings.append("Redis took a write: its memory was not full")
@@ -222,9 +222,8 @@ def _redis_full(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
 
 
 def _failover(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
-    with redis_cluster(bench.folder / name) as store:
+    with cluster_store() as store:
         bench.fill(store)
-        store.wait_for_replicas()
         with bench.serving(store.url) as ours:
 
             def inject(injection: Injection) -> None:
@@ -246,7 +245,7 @@ def _overload(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
             (bench.rate, around_s),
         )
     ]
-    with _store(bench, name) as store, bench.serving(store.url) as ours:
+    with _store(bench) as store, bench.serving(store.url) as ours:
 
         def inject(injection: Injection) -> None:
             time.sleep(bench.seconds)
@@ -256,7 +255,7 @@ def _overload(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
 
 
 def _slow_clients(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
-    with _store(bench, name) as store, bench.serving(store.url) as ours:
+    with _store(bench) as store, bench.serving(store.url) as ours:
 
         def inject(injection: Injection) -> None:
             arguments = [ours.target.port, bench.slow_clients]
@@ -275,7 +274,7 @@ def _clock(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
     step = bench.folder / f"{name}.offset"
     step.write_text("+0\n")
     with (
-        _store(bench, name) as store,
+        _store(bench) as store,
         bench.serving(
             store.url,
             LD_PRELOAD=str(libraries[0]),
@@ -302,7 +301,7 @@ def _disk_full(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
         pointer, target = disk / "pointer", disk / "bundle"
         bench.publish(pointer, bench.bundles[0])
         published = pointer.read_bytes()
-        with _store(bench, name) as store, bench.serving(store.url, bundle=pointer) as ours:
+        with _store(bench) as store, bench.serving(store.url, bundle=pointer) as ours:
 
             def inject(injection: Injection) -> None:
                 checkpoint = bench.checkpoint
@@ -370,8 +369,8 @@ def _none_may_fail(outcome: Outcome) -> Outcome:
 
 
 @contextmanager
-def _store(bench: Bench, name: str) -> Iterator[RedisNode]:
-    with redis_node(bench.folder / name) as store:
+def _store(bench: Bench) -> Iterator[SingleStore]:
+    with single_store() as store:
         bench.fill(store)
         yield store
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from loadtest.benchmarks.stand import RunningService
 from loadtest.chaos.bench import Bench, Watched
 from loadtest.chaos.preparation import add_flags, make_bench
-from loadtest.chaos.stores import redis_node
+from loadtest.chaos.stores import single_store
 from loadtest.results import milliseconds, table, write_section
 
 TITLE = "Soak"
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
 def soak(bench: Bench, n: int, minute_s: float, *, workers: int) -> list[Minute]:
     """Return what n minutes of `minute_s` seconds under load showed."""
     minutes: list[Minute] = []
-    with redis_node(bench.folder / "soak") as store:
+    with single_store() as store:
         bench.fill(store)
         with bench.serving(store.url, "--workers", str(workers)) as ours:
             for number in range(n):

@@ -7,12 +7,12 @@ import pytest
 
 from loadtest.chaos.child import child
 from loadtest.chaos.errors import ChaosError
-from loadtest.chaos.stores import redis_node
+from loadtest.redis_server import redis_process
 
 
-def test_answers_come_late_while_the_proxy_holds_them_back(tmp_path):
+def test_answers_come_late_while_the_proxy_holds_them_back():
     with (
-        redis_node(tmp_path) as node,
+        redis_process() as node,
         child("loadtest.chaos.slow_proxy", [node.port]) as proxy,
         socket.create_connection(("127.0.0.1", int(proxy.first_line)), timeout=5.0) as connection,
     ):
@@ -32,10 +32,10 @@ def test_answers_come_late_while_the_proxy_holds_them_back(tmp_path):
         assert ping_s() < 0.3
 
 
-def test_pieces_do_not_wait_for_one_another(tmp_path):
+def test_pieces_do_not_wait_for_one_another():
     """Ten answers, one after the other on a connection: each is late by the delay, not by ten."""
     with (
-        redis_node(tmp_path) as node,
+        redis_process() as node,
         child("loadtest.chaos.slow_proxy", [node.port]) as proxy,
         socket.create_connection(("127.0.0.1", int(proxy.first_line)), timeout=5.0) as connection,
     ):
@@ -51,8 +51,8 @@ def test_pieces_do_not_wait_for_one_another(tmp_path):
         assert time.monotonic() - started_s < 1.5
 
 
-def test_a_proxy_closes_where_its_target_is_away(tmp_path):
-    with redis_node(tmp_path) as node, child("loadtest.chaos.slow_proxy", [node.port]) as proxy:
+def test_a_proxy_closes_where_its_target_is_away():
+    with redis_process() as node, child("loadtest.chaos.slow_proxy", [node.port]) as proxy:
         node.kill()
         with socket.create_connection(("127.0.0.1", int(proxy.first_line))) as connection:
             connection.settimeout(5.0)
