@@ -54,12 +54,14 @@ class Injection:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Watched:
     """A load, request by request: `verdicts`, None where the status is not 200; `versions`:
-    right answers by the version that gave them; `reasons` of the first wrong ones.
+    right answers by the version that gave them; `largest_difference` of a score in these; `reasons`
+    of the first wrong ones.
     """
 
     result: ScheduleResult
     verdicts: Sequence[Verdict | None]
     versions: dict[str, int]
+    largest_difference: float
     reasons: Sequence[str]
     audit: Audit
 
@@ -172,6 +174,7 @@ class Bench:
             name, fault, watched.result, watched.verdicts, seen[0], watched.audit,
             reasons=watched.reasons, rate=self.rate,
         )  # fmt: skip
+        outcome.notes.append(f"right scores are off by {watched.largest_difference:.1e} at most")
         if len(watched.versions) > 1:
             counts = (f"{n:,} by {version}" for version, n in watched.versions.items())
             outcome.notes.append(f"right answers: {', '.join(counts)}")
@@ -217,6 +220,7 @@ class Bench:
             result=result,
             verdicts=verdicts,
             versions=checker.versions,
+            largest_difference=checker.largest_difference,
             reasons=checker.reasons,
             audit=audit,
         )

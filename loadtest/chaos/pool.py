@@ -29,9 +29,12 @@ _RANKING_TIME = 1_750_000_000
 _YEAR_S = 365 * 86_400
 # A history that is longer than what the model reads, as a store holds them.
 _SURPLUS = 3
+# Of the same graph on the same processor, in batches of other shapes; a manifest's own allows for
+# other devices.
+_TOLERANCE = 1e-4
 # Fewer differences between the scores with and without a history than these prove nothing.
 _TELLING_SHARE = 0.9
-_TELLING_TOLERANCES = 10.0
+_TELLING_TOLERANCES = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,7 +134,7 @@ def expect(bundle: Path, pool: Pool, folder: Path) -> Expected:
         scores=scores[:n],
         cold=scores[n:],
         lengths=np.minimum(lengths, manifest.features.history_length),
-        tolerance=manifest.golden_tolerance,
+        tolerance=_TOLERANCE if manifest.precision == "fp32" else manifest.golden_tolerance,
     )
     _prove_telling(bundle, expected)
     return expected
@@ -152,7 +155,8 @@ class Checker:
     """Says whether an answer is what one of the bundles must answer.
 
     `may_degrade`: whether an answer may say that it was made without the history. `versions`:
-    answers that were not wrong, by version; `reasons`: why the first wrong ones are.
+    answers that were not wrong, by version; `largest_difference`: of a score in these, relative
+    above 1; `reasons`: why the first wrong ones are.
     """
 
     _KEPT = 5
@@ -161,6 +165,7 @@ class Checker:
         self._expected: Mapping[str, Expected] = {one.version: one for one in expected}
         self._may_degrade = may_degrade
         self.versions: Counter[str] = Counter()
+        self.largest_difference = 0.0
         self.reasons: list[str] = []
 
     def check(self, number: int, answer: bytes) -> Verdict:
@@ -183,8 +188,10 @@ class Checker:
         if scores.shape != right.shape:
             return self._wrong(number, f"{scores.shape} scores, expected {right.shape}")
         differences = np.abs(scores - right) / np.maximum(1.0, np.abs(right))
-        if not (differences <= expected.tolerance).all():  # written so that NaN fails too
-            return self._wrong(number, f"scores differ by {differences.max():.2e}")
+        difference = float(differences.max())
+        if not difference <= expected.tolerance:  # written so that NaN fails too
+            return self._wrong(number, f"scores differ by {difference:.2e}")
+        self.largest_difference = max(self.largest_difference, difference)
         self.versions[version] += 1
         return "degraded" if degraded else "right"
 

@@ -136,5 +136,13 @@ def test_only_the_first_reasons_are_kept(expected):
     assert len(checker.reasons) == 5
 
 
-def test_the_tolerance_is_the_manifests(bundles, expected):
-    assert expected[0].tolerance == read_manifest(bundles[0]).golden_tolerance
+def test_the_tolerance_is_tighter_than_that_for_other_devices(bundles, expected):
+    assert expected[0].tolerance < read_manifest(bundles[0]).golden_tolerance / 5
+
+
+def test_the_largest_difference_of_right_answers_is_kept(expected):
+    checker = Checker(expected, may_degrade=False)
+    first = expected[0]
+    for tolerances in (0.5, 0.25, 3.0):
+        checker.check(FULL, answer(first, FULL, scores=moved(first, FULL, tolerances)))
+    assert checker.largest_difference == pytest.approx(0.5 * first.tolerance, rel=1e-3)
