@@ -147,13 +147,16 @@ class LoadResult:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScheduleResult(LoadResult):
     """The same, request by request: `codes` int16 [N], the HTTP status, 0 where no answer came;
-    `waited` bool [N], whether it is counted as queued; `sent` bool [N], whether it left.
-    `answers`: the bodies of the N answers, b"" where none came; empty unless they were kept.
+    `waited` bool [N], whether it is counted as queued; `sent` bool [N], whether it left;
+    `timed_out` bool [N], whether it was given up: what was sent, has no status and was not given up
+    has lost its connection. `answers`: the bodies of the N answers, b"" where none came; empty
+    unless they were kept.
     """
 
     codes: NDArray[np.int16]
     waited: NDArray[np.bool_]
     sent: NDArray[np.bool_]
+    timed_out: NDArray[np.bool_]
     answers: Sequence[bytes] = ()
 
     def select(self, chosen: NDArray[np.bool_], duration_s: float) -> "ScheduleResult":
@@ -168,6 +171,7 @@ class ScheduleResult(LoadResult):
             codes=self.codes[chosen],
             waited=self.waited[chosen],
             sent=self.sent[chosen],
+            timed_out=self.timed_out[chosen],
             answers=list(compress(self.answers, chosen)),
         )
 
@@ -214,6 +218,7 @@ class RunningLoad:
         n, processes = len(self._arrivals_s), len(self._children)
         latencies_s, send_delays_s = np.empty(n), np.empty(n)
         codes, waited, sent = np.empty(n, np.int16), np.empty(n, np.bool_), np.empty(n, np.bool_)
+        timed_out = np.empty(n, np.bool_)
         answers = [b""] * n
         was_due = np.zeros(n, np.bool_)
         for first, child in enumerate(self._children):
@@ -227,6 +232,7 @@ class RunningLoad:
             codes[own] = outcome.statuses
             waited[own] = outcome.waited
             sent[own] = outcome.sent
+            timed_out[own] = outcome.timed_out
             was_due[own] = True
             if self._keep_answers:
                 answers[own] = outcome.answers
@@ -238,6 +244,7 @@ class RunningLoad:
             codes=codes,
             waited=waited,
             sent=sent,
+            timed_out=timed_out,
             answers=answers if self._keep_answers else (),
         )
         return result if was_due.all() else result.select(was_due, self._duration_s)
@@ -391,6 +398,7 @@ def _schedule_result(
     codes: NDArray[np.int16],
     waited: NDArray[np.bool_],
     sent: NDArray[np.bool_],
+    timed_out: NDArray[np.bool_],
     answers: Sequence[bytes] = (),
 ) -> ScheduleResult:
     """Count what LoadResult counts; rate: the mean of what was due."""
@@ -406,6 +414,7 @@ def _schedule_result(
         codes=codes,
         waited=waited,
         sent=sent,
+        timed_out=timed_out,
         answers=answers,
     )
 
@@ -451,13 +460,14 @@ class _Outcome:
         self.statuses = [_NO_ANSWER] * n
         self.waited = [False] * n
         self.sent = [True] * n
+        self.timed_out = [False] * n
         self.unresolved = n
 
     def drop_last(self, n: int) -> None:
         """Forget the last `n` requests, of which nothing has become."""
         arrays: tuple[list[Any], ...] = (
             *(self.answers, self.latencies_s, self.send_delays_s),
-            *(self.statuses, self.waited, self.sent),
+            *(self.statuses, self.waited, self.sent, self.timed_out),
         )
         for array in arrays:
             del array[-n:]
@@ -653,10 +663,12 @@ class _Sender:
         """Give up the requests whose time is over."""
         overdue_s = time.monotonic() - self._timeout_s
         while self._waiting and self._due_s[self._waiting[0]] < overdue_s:
+            self._outcome.timed_out[self._waiting[0]] = True
             self._drop()
         for connection in self._open:
             ticket = connection.ticket
             if ticket != _NO_TICKET and self._due_s[ticket] < overdue_s:
+                self._outcome.timed_out[ticket] = True
                 connection.abort()
         self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
 
@@ -674,6 +686,8 @@ class _Sender:
                 self._outcome.answers[ticket] = answer
             if status == _OK:
                 self._outcome.latencies_s[ticket] = latency_s
+        else:
+            self._outcome.timed_out[ticket] = True
         self._resolve()
         if not connection.is_closing():
             self._use(connection)

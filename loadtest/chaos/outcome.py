@@ -3,10 +3,12 @@
 Shapes: N requests.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,9 @@ from loadtest.open_loop import ScheduleResult
 _OK = 200
 _REFUSED = (429, 503)
 _NO_ANSWER = 0
+_TYPE_PREFIX = "urn:mneme:problem:"
+# A request may be refused so whatever else goes on: for want of capacity, or of the history.
+_STATED = ("overloaded", "deadline-exceeded", "history-unavailable")
 # Right answers are back when, over so long, they have this share of what it was before the fault.
 _WINDOW_S = 1.0
 _RECOVERED_SHARE = 0.95
@@ -43,9 +48,10 @@ class Outcome:
 
     `fault`: in words. `rate`: requests/s that were offered outside of the fault; `held_per_s`:
     right answers a second in the phase "during", those without a history among them. Of the
-    `requests`: `refused` got 429 or 503, `broken` lost their connection or got no answer in time,
-    `unsent` found nobody to connect to, `unexpected` got another status (`statuses`: requests by
-    status, 0 without one), `degraded` were answered rightly without a history, `wrong` wrongly.
+    `requests`: `refused` got 429 or 503 (`refusals`: by the problem that was named), `timed_out`
+    got no answer in time, `broken` lost their connection, `unsent` found nobody to connect to,
+    `unexpected` got another status (`statuses`: requests by status, 0 without one), `degraded`
+    were answered rightly without a history, `wrong` wrongly.
     Latencies are those of answers with 200, None without one. `recovery_s`: from the end of the
     fault until right answers with their histories were back, None where they were not. `findings`:
     all that must not be.
@@ -58,6 +64,8 @@ class Outcome:
     held_per_s: float
     requests: int
     refused: int
+    refusals: dict[str, int]
+    timed_out: int
     broken: int
     unsent: int
     unexpected: int
@@ -77,8 +85,10 @@ class Outcome:
 
     @property
     def failed(self) -> int:
-        """Requests that were neither answered nor refused in order."""
-        return self.broken + self.unsent + self.unexpected
+        """Requests that were neither answered nor refused for a reason that the service states."""
+        reasoned = sum(self.refusals.get(problem, 0) for problem in _STATED)
+        unanswered = self.timed_out + self.broken + self.unsent
+        return unanswered + self.unexpected + self.refused - reasoned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +119,8 @@ def conclude(
     phases = (arrivals_s < fault.began_s, during_N, arrivals_s >= fault.over_s)
     before, during, after = (_p99_s(result, chosen_N) for chosen_N in phases)
     n_verdicts = Counter(judged)
-    is_answered = np.isin(codes_N, (_OK, *_REFUSED, _NO_ANSWER))
+    is_refused_N = np.isin(codes_N, _REFUSED)
+    is_answered = is_refused_N | np.isin(codes_N, (_OK, _NO_ANSWER))
     recovery_s = recovery(arrivals_s, is_right_N, fault)
     findings = [*fault.findings, *reasons]
     if audit.lost or audit.doubled:
@@ -131,8 +142,10 @@ def conclude(
         seconds=result.duration_s,
         held_per_s=float(is_good_N[during_N].sum() / (fault.over_s - fault.began_s)),
         requests=len(codes_N),
-        refused=int(np.isin(codes_N, _REFUSED).sum()),
-        broken=int(((codes_N == _NO_ANSWER) & result.sent).sum()),
+        refused=int(is_refused_N.sum()),
+        refusals=dict(Counter(map(_problem, compress(result.answers, is_refused_N)))),
+        timed_out=int((result.timed_out & result.sent).sum()),
+        broken=int(((codes_N == _NO_ANSWER) & result.sent & ~result.timed_out).sum()),
         unsent=result.unsent,
         unexpected=int((~is_answered).sum()),
         statuses={str(status): n for status, n in result.statuses.items()},
@@ -146,7 +159,7 @@ def conclude(
         p99_after_s=after,
         late_sends_s=result.late_sends_s,
         recovery_s=recovery_s,
-        notes=[*fault.notes, f"events: {audit.retried} posts repeated"],
+        notes=[*fault.notes, f"{audit.retried} posts of events repeated"],
         findings=findings,
     )
 
@@ -175,6 +188,15 @@ def recovery(
         if (right_so_far[end] - right_so_far[first]) / (end - first) >= needed:
             return 0.0 if first == starts[0] else float(arrivals_s[first] - fault.ended_s)
     return None
+
+
+def _problem(answer: bytes) -> str:
+    """Return what an answer names as the problem, without the prefix of the project's own."""
+    try:
+        named: str = json.loads(answer)["type"]
+    except (ValueError, KeyError, TypeError):
+        return "none named"
+    return named.removeprefix(_TYPE_PREFIX)
 
 
 def _p99_s(result: ScheduleResult, chosen_N: NDArray[np.bool_]) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from loadtest.chaos.outcome import NotRun, Outcome
-from loadtest.chaos.rows import ROWS, failed_in_drain
+from loadtest.chaos.rows import ROWS
 from loadtest.results import milliseconds, table, write_section
 from loadtest.run_folder import write_run
 
@@ -17,7 +17,7 @@ TITLE = "Faults under load"
 
 _REPORT = "report.json"
 _HEADS = (
-    *("fault", "offered/s", "held/s", "requests", "refused", "broken", "unsent", "other"),
+    *("fault", "offered/s", "held/s", "requests", "refused", "late", "broken", "unsent", "other"),
     *("degraded", "wrong", "events", "lost", "doubled"),
     *("p99 before ms", "during ms", "after ms", "recovery s"),
 )
@@ -25,12 +25,13 @@ _LEGEND = """\
 Every answer is checked against scores that were computed beforehand by the bundle's graph alone \
 (`python -m exporter score`); a degraded one against the score without a history. offered: \
 requests/s before and after the fault (open loop, Poisson arrivals); held: right answers a second \
-while it lasted, degraded ones among them. refused: 429 or 503; broken: sent, and no answer within \
-2 s; unsent: nobody to connect to; other: any other status. events: those that were acknowledged, \
-posted beside the load with retries and an idempotency key; lost and doubled: as counted in Redis \
-afterwards. p99 is that of the requests answered with 200, by the moment that they were due. \
-recovery: from the end of the fault (of a kill: from the kill) until right answers have 95 % of \
-their share before it again, over a second."""
+while it lasted, degraded ones among them. refused: 429 or 503, by the reasons listed below; late: \
+no answer within 2 s; broken: a connection that was lost with a request on it; unsent: nobody to \
+connect to; other: any other status. events: those that were acknowledged, posted beside the load \
+with retries and an idempotency key; lost and doubled: as counted in Redis afterwards. p99 is that \
+of the requests answered with 200, by the moment that they were due. recovery: from the end of the \
+fault (of a kill: from the kill) until right answers have 95 % of their share before it again, \
+over a second."""
 
 
 def save(
@@ -59,13 +60,11 @@ def is_clean(rows: Sequence[Outcome | NotRun]) -> bool:
 
 
 def markdown(rows: Sequence[Outcome | NotRun]) -> str:
-    """Return table, legend, and what was noticed of each row."""
+    """Return the table, and what was noticed of each row."""
     done = [row for row in rows if isinstance(row, Outcome)]
     parts = [table(_HEADS, [_line(row) for row in done])] if done else []
     left_out = [row for row in rows if isinstance(row, NotRun)]
     parts += ["\n".join(f"- **Not run**: {row.fault}: {row.reason}" for row in left_out)]
-    if done:
-        parts.append(_LEGEND)
     parts.append("\n".join(_noticed(row) for row in done))
     return "\n\n".join(part for part in parts if part)
 
@@ -80,7 +79,7 @@ def figures(rows: Sequence[Outcome | NotRun], page: Path) -> dict[str, float]:
         "doubled_events": sum(row.doubled for row in done.values()),
     }
     if "sigterm" in done:
-        found["drain_failed_requests"] = failed_in_drain(done["sigterm"])
+        found["drain_failed_requests"] = done["sigterm"].failed
     if "reload" in done:
         before_s, during_s = done["reload"].p99_before_s, done["reload"].p99_during_s
         if before_s and during_s:
@@ -95,13 +94,17 @@ def figures(rows: Sequence[Outcome | NotRun], page: Path) -> dict[str, float]:
 def write(rows: Sequence[Outcome | NotRun], page: Path, command: str) -> None:
     """Put the table into the page of results."""
     write_section(
-        page, title=TITLE, command=command, text=markdown(rows), figures=figures(rows, page)
+        page,
+        title=TITLE,
+        command=command,
+        text=f"{_LEGEND}\n\n{markdown(rows)}",
+        figures=figures(rows, page),
     )
 
 
 def _line(row: Outcome) -> Sequence[object]:
     counts = (
-        *(row.requests, row.refused, row.broken, row.unsent, row.unexpected),
+        *(row.requests, row.refused, row.timed_out, row.broken, row.unsent, row.unexpected),
         *(row.degraded, row.wrong, row.acknowledged, row.lost, row.doubled),
     )
     p99s = (row.p99_before_s, row.p99_during_s, row.p99_after_s)
@@ -115,5 +118,8 @@ def _line(row: Outcome) -> Sequence[object]:
 
 def _noticed(row: Outcome) -> str:
     noticed = [f"**{finding}**" for finding in row.findings] + row.notes
+    if row.refusals:
+        refusals = (f"{problem} {n:,}" for problem, n in sorted(row.refusals.items()))
+        noticed.append(f"refused: {', '.join(refusals)}")
     late = f"the generator's own delay: p99 {milliseconds(row.late_sends_s)} ms"
     return f"- {row.fault}: {'; '.join([*noticed, late])}."

@@ -355,17 +355,10 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def failed_in_drain(outcome: Outcome) -> int:
-    """Return the requests that failed for want of a service: all without an answer that was
-    meant, but for those refused because they came too late for their deadline (429).
-    """
-    return outcome.failed + outcome.statuses.get("503", 0)
-
-
 def _none_may_fail(outcome: Outcome) -> Outcome:
-    if not (n_failed := failed_in_drain(outcome)):
+    if not outcome.failed:
         return outcome
-    return replace(outcome, findings=[*outcome.findings, f"{n_failed} requests failed"])
+    return replace(outcome, findings=[*outcome.findings, f"{outcome.failed} requests failed"])
 
 
 @contextmanager

@@ -583,3 +583,18 @@ def test_a_load_that_has_sent_everything_can_be_stopped():
         result = load.result()
     assert result.statuses == {200: 1}
     assert result.duration_s == 0.1
+
+
+def test_what_is_given_up_is_told_from_what_is_broken_off():
+    """Request 1 is never answered, the connection of request 2 breaks off."""
+
+    def behavior(i: int) -> Reply:
+        if i == 1:
+            return Reply(pieces=(EMPTY_200[:10],))
+        return Reply(pieces=(), close=True) if i == 2 else Reply()
+
+    with small_server(behavior) as server:
+        result = server.run_at([0.0, 0.1, 0.2, 0.3], timeout_s=0.5)
+    assert result.codes.tolist() == [200, 0, 0, 200]
+    assert result.timed_out.tolist() == [False, True, False, False]
+    assert result.sent.all()

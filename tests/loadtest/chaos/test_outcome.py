@@ -1,5 +1,7 @@
 """What is made of a load with a fault in its middle."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,11 @@ ARRIVALS_S = np.arange(100) / 10
 FAULT = Fault(began_s=3.0, ended_s=5.0, over_s=6.0, notes=["noted"])
 
 
-def result_of(codes, latencies_s=0.01, sent=True):
+def refusal(problem):
+    return json.dumps({"type": f"urn:mneme:problem:{problem}"}).encode()
+
+
+def result_of(codes, latencies_s=0.01, sent=True, timed_out=False, answers=None):
     codes = np.array(codes, dtype=np.int16)
     n = len(codes)
     return ScheduleResult(
@@ -28,6 +34,8 @@ def result_of(codes, latencies_s=0.01, sent=True):
         codes=codes,
         waited=np.zeros(n, np.bool_),
         sent=np.broadcast_to(sent, n),
+        timed_out=np.broadcast_to(timed_out, n),
+        answers=[b""] * n if answers is None else answers,
     )
 
 
@@ -42,19 +50,29 @@ def row_of(codes, *, wrong=(), fault=FAULT, audit=NOTHING_LOST, **options):
 
 def test_every_kind_of_failure_is_counted_apart():
     codes = [200] * 100
-    sent = np.ones(100, np.bool_)
-    codes[30:34] = [429, 503, 0, 0]
-    sent[33] = False
-    codes[34] = 500
-    row = row_of(codes, sent=sent)
-    counts = (row.refused, row.broken, row.unsent, row.unexpected)
-    assert counts == (2, 1, 1, 1)
-    assert row.failed == 3
-    assert row.statuses == {"0": 2, "200": 95, "429": 1, "500": 1, "503": 1}
+    sent, timed_out = np.ones(100, np.bool_), np.zeros(100, np.bool_)
+    codes[30:36] = [429, 503, 0, 0, 0, 500]
+    sent[33], timed_out[34] = False, True
+    answers = [b""] * 100
+    answers[30:32] = [refusal("overloaded"), refusal("history-unavailable")]
+    row = row_of(codes, sent=sent, timed_out=timed_out, answers=answers)
+    counts = (row.refused, row.timed_out, row.broken, row.unsent, row.unexpected)
+    assert counts == (2, 1, 1, 1, 1)
+    assert row.refusals == {"overloaded": 1, "history-unavailable": 1}
+    assert row.failed == 4
+    assert row.statuses == {"0": 3, "200": 94, "429": 1, "500": 1, "503": 1}
     assert row.findings == ["unexpected statuses: 500"]
-    assert row.notes == ["noted", "events: 2 posts repeated"]
-    # 30 requests are due within the three seconds of the phase; 25 of them are answered.
-    assert row.held_per_s == pytest.approx(25 / 3)
+    assert row.notes == ["noted", "2 posts of events repeated"]
+    # 30 requests are due within the three seconds of the phase; 24 of them are answered.
+    assert row.held_per_s == pytest.approx(24 / 3)
+
+
+@pytest.mark.parametrize("answer", [b"", b"gone", b"[]", b"{}", refusal("shutting-down")])
+def test_a_refusal_for_another_reason_is_a_failure(answer):
+    codes, answers = [200] * 100, [b""] * 100
+    codes[40], answers[40] = 503, answer
+    row = row_of(codes, answers=answers)
+    assert (row.refused, row.failed) == (1, 1)
 
 
 def test_percentiles_are_those_of_each_phase():

@@ -19,6 +19,8 @@ def outcome(name="kill-worker", **changes):
         "held_per_s": 49.25,
         "requests": 1500,
         "refused": 3,
+        "refusals": {"overloaded": 1, "history-unavailable": 2},
+        "timed_out": 4,
         "broken": 2,
         "unsent": 1,
         "unexpected": 0,
@@ -45,7 +47,7 @@ NOT_RUN = NotRun(name="clock", fault="other words", reason="no library")
 def test_a_row_has_every_count():
     line = next(line for line in report.markdown([outcome()]).splitlines() if "| words" in line)
     expected = (
-        "| words | 50 | 49.2 | 1,500 | 3 | 2 | 1 | 0 | 0 | 0 | 240 | 0 | 0 "
+        "| words | 50 | 49.2 | 1,500 | 3 | 4 | 2 | 1 | 0 | 0 | 0 | 240 | 0 | 0 "
         "| 10.0 | 15.0 | - | 0.4 |"
     )
     assert line == expected
@@ -53,7 +55,11 @@ def test_a_row_has_every_count():
 
 def test_findings_stand_out_and_what_was_not_run_says_why():
     page = report.markdown([outcome(findings=["2 requests failed"], recovery_s=None), NOT_RUN])
-    assert "- words: **2 requests failed**; seen; the generator's own delay: p99 0.4 ms." in page
+    noticed = (
+        "- words: **2 requests failed**; seen; refused: history-unavailable 2, overloaded 1; "
+        "the generator's own delay: p99 0.4 ms."
+    )
+    assert noticed in page
     assert "- **Not run**: other words: no library" in page
     assert "| - | none |" in page
 
@@ -113,7 +119,7 @@ def test_the_page_has_the_figures_that_are_known(tmp_path):
         "wrong_scores": 1,
         "lost_events": 2,
         "doubled_events": 3,
-        "drain_failed_requests": 5,
+        "drain_failed_requests": 7,
         "reload_p99_ratio": pytest.approx(1.5),
         "fuzz_executions": 2_000_000,
         "fuzz_crashes": 0,
