@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.outcome import NotRun, Outcome
 from loadtest.chaos.rows import ROWS
 from loadtest.results import milliseconds, table, write_section
@@ -45,12 +46,18 @@ def save(
 
 
 def load(folder: Path) -> list[Outcome | NotRun]:
-    """Read all rows that stand in `folder`, in the order of the table."""
+    """Read all rows that stand in `folder`, in the order of the table.
+
+    Raises ChaosError where one was written by another version of this program.
+    """
     found: list[Outcome | NotRun] = []
     for name in (row.name for row in ROWS):
         if (path := folder / name / _REPORT).exists():
             values = json.loads(path.read_text())
-            found.append(NotRun(**values) if "reason" in values else Outcome(**values))
+            try:
+                found.append(NotRun(**values) if "reason" in values else Outcome(**values))
+            except TypeError as error:
+                raise ChaosError(f"{path} is not of this version: remove it") from error
     return found
 
 

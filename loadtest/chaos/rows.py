@@ -1,5 +1,6 @@
 """The faults, one function each: what is served, what is done to it, and what must not follow."""
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ _DELAY_S = 0.1
 _OVERLOAD = 3.0
 _CLOCK_STEP_S = 3600
 _PAGE_BYTES = 4096
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,14 +309,16 @@ def _disk_full(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
                 checkpoint = bench.checkpoint
                 assert checkpoint is not None
                 exported = bench.run("exporter", checkpoint, target)
-                injection.notes.append(f"the exporter: {exported.stderr.strip()[-200:]}")
-                if exported.returncode == 0:
-                    injection.findings.append("the bundle fitted on the disk")
+                said = _shown(exported.stderr.strip()[-_SHOWN_CHARACTERS:], bench)
+                injection.notes.append(f"the exporter: {said}")
+                if exported.returncode == 0 or os.strerror(errno.ENOSPC) not in said:
+                    injection.findings.append("the exporter did not fail for want of space")
                 if left := sorted(path.name for path in disk.iterdir() if path != pointer):
                     injection.findings.append(f"the exporter left {', '.join(left)} behind")
                 _fill_up(disk / "rest")
                 done = bench.run("service", "publish", pointer, bench.bundles[1])
-                injection.notes.append(f"publish: {done.stderr.strip()[-200:]}")
+                said = _shown(done.stderr.strip()[-_SHOWN_CHARACTERS:], bench)
+                injection.notes.append(f"publish: {said}")
                 if done.returncode == 0 or pointer.read_bytes() != published:
                     injection.findings.append("the pointer was changed on a full disk")
                 (disk / "rest").unlink()

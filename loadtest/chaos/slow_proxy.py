@@ -49,7 +49,12 @@ class SlowProxy:
         with contextlib.suppress(OSError):
             while piece := await reader.read(_CHUNK_BYTES):
                 # As a long line does: every piece is late, and none waits for another one.
-                loop.call_later(self.delay_s, writer.write, piece)
+                loop.call_later(self.delay_s, _write, writer, piece)
+
+
+def _write(writer: asyncio.StreamWriter, piece: bytes) -> None:
+    if not writer.is_closing():  # who asked may have left meanwhile
+        writer.write(piece)
 
 
 async def _main(port: int) -> None:

@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from loadtest.chaos import report
+from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.outcome import NotRun, Outcome
 from loadtest.chaos.rows import ROWS
 
@@ -93,6 +94,14 @@ def test_a_row_that_is_run_again_replaces_the_older_one(tmp_path):
     (row,) = report.load(tmp_path)
     assert isinstance(row, Outcome)
     assert row.wrong == 0
+
+
+def test_a_row_of_another_version_is_named(tmp_path):
+    report.save(outcome(), pl.DataFrame(), {}, tmp_path)
+    path = tmp_path / "kill-worker" / "report.json"
+    path.write_text(path.read_text().replace('"timed_out"', '"other"'))
+    with pytest.raises(ChaosError, match=r"kill-worker/report\.json is not of this version"):
+        report.load(tmp_path)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

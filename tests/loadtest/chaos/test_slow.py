@@ -51,6 +51,18 @@ def test_pieces_do_not_wait_for_one_another():
         assert time.monotonic() - started_s < 1.5
 
 
+def test_an_answer_that_comes_when_its_asker_has_left_is_dropped(capfd):
+    with redis_process() as node, child("loadtest.chaos.slow_proxy", [node.port]) as proxy:
+        proxy.tell("0.2")
+        time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", int(proxy.first_line))) as connection:
+            connection.sendall(b"PING\r\n")
+            time.sleep(0.05)
+        time.sleep(0.4)
+        assert proxy.end() == ""
+    assert capfd.readouterr().err == ""
+
+
 def test_a_proxy_closes_where_its_target_is_away():
     with redis_process() as node, child("loadtest.chaos.slow_proxy", [node.port]) as proxy:
         node.kill()
