@@ -26,6 +26,7 @@ PREFIX = "history"
 
 _WRITERS, _POSTS_PER_S = 2, 5.0
 _EVENT_PATIENCE_S = 15.0
+_LEAST_TIMEOUT_S, _TIMEOUT_DEADLINES = 2.0, 5.0
 _LONGEST_SETTLE_S = 2.0
 # Of a load that is stopped when the fault is over.
 _LONGEST_S = 900.0
@@ -238,6 +239,7 @@ class Bench:
             [whole.request(body) for body in self.pool.bodies()],
             draw_arrivals(stages, "poisson", seed=8),
             duration_s=sum(stage.duration_s for stage in stages),
+            timeout_s=max(_LEAST_TIMEOUT_S, _TIMEOUT_DEADLINES * self.deadline_ms / 1000),
             keep_answers=True,
         ) as load:
             yield load
