@@ -284,7 +284,7 @@ def _clock(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
             FAKETIME_CACHE_DURATION="1",
             # A step of the clock of the day leaves the monotonic one alone.
             FAKETIME_DONT_FAKE_MONOTONIC="1",
-            # What it mends is of older C libraries; with this one, waits for a lock took half a second.
+            # It mends older C libraries; with this one, waits for a lock took half a second.
             FAKETIME_FORCE_MONOTONIC_FIX="0",
         ) as ours,
     ):
