@@ -28,11 +28,11 @@ Every answer is checked against scores that were computed beforehand by the bund
 requests/s before and after the fault (open loop, Poisson arrivals); held: right answers a second \
 while it lasted, degraded ones among them. refused: 429 or 503, by the reasons listed below; late: \
 no answer within 2 s (or five deadlines); broken: a connection that was lost with a request on \
-it; unsent: nobody to connect to; other: any other status. events: those that were acknowledged, posted beside the load \
-with retries and an idempotency key; lost and doubled: as counted in Redis afterwards. p99 is that \
-of the requests answered with 200, by the moment that they were due. recovery: from the end of the \
-fault (of a kill: from the kill) until right answers have 95 % of their share before it again, \
-over a second."""
+it; unsent: nobody to connect to; other: any other status. events: those that were acknowledged, \
+posted beside the load with retries and an idempotency key; lost and doubled: as counted in Redis \
+afterwards. p99 is that of the requests answered with 200, by the moment that they were due. \
+recovery: from the end of the fault (of a kill: from the kill) until right answers have 95 % of \
+their share before it again, over a second."""
 
 
 def save(
