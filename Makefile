@@ -58,7 +58,7 @@ bench: install
 	$(RUN) -m tests.benchmarks.loader
 	$(RUN) -m tests.benchmarks.product_keys
 	$(if $(DATA),$(RUN) -m tests.benchmarks.prepare '$(DATA)')
-	for name in engine length overhead overload soak peers; do $(RUN) -m loadtest $$name || exit 1; done
+	for name in engine length overhead overload growth peers; do $(RUN) -m loadtest $$name || exit 1; done
 
 # A coverage-guided fuzzer and schemathesis at what the service decodes; takes an hour, gates nothing.
 fuzz: install

@@ -10,9 +10,11 @@ from contract.errors import ContractError
 from loadtest import rate, replay
 from loadtest.ab import report, simulation
 from loadtest.benchmarks import ab, honesty, http_rate, overhead, overload, race
-from loadtest.benchmarks.engine import run_engine, run_length, run_soak
+from loadtest.benchmarks.engine import run_engine, run_growth, run_length
 from loadtest.benchmarks.stand import StandError
 from loadtest.bundles import BundleError
+from loadtest.chaos import command, soak
+from loadtest.chaos.errors import ChaosError
 from loadtest.demo import CASTS, DemoError, DemoOptions, run_demo
 from loadtest.open_loop import LoadError
 from loadtest.peers.install import PEERS
@@ -20,7 +22,7 @@ from loadtest.redis_server import RedisServerError
 from loadtest.world import WorldSettings, make_world, write_log
 
 _ERRORS = (
-    *(BundleError, DemoError, LoadError, RedisServerError, StandError),
+    *(BundleError, ChaosError, DemoError, LoadError, RedisServerError, StandError),
     *(ContractError, ValueError, OSError),
 )
 
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("engine", "length", "http"):
             one.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
         one.set_defaults(run=_benchmark, measure=measure)
-    for module in (rate, replay, simulation, report, ab, honesty):
+    for module in (rate, replay, simulation, report, ab, honesty, command, soak):
         module.add_command(commands)
     return parser
 
@@ -95,7 +97,7 @@ _BENCHMARKS: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("overload", "goodput up to three times the capacity", overload.run),
     ("length", "latency and memory over the history length", run_length),
     ("http", "one rate, and the highest within the deadline; for a GPU", http_rate.run),
-    ("soak", "memory over 100,000 requests", run_soak),
+    ("growth", "memory over 100,000 requests", run_growth),
 )
 
 

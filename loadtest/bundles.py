@@ -25,15 +25,21 @@ class BundleError(RuntimeError):
     """A step of making a bundle failed."""
 
 
-def make_bundle(name: BundleName, folder: Path, *, history_length: int = 1000) -> Path:
-    """Return the bundle of a model for histories of `history_length`, made unless it is there."""
-    run_folder = folder / f"{name}-{history_length}"
+def make_bundle(
+    name: BundleName, folder: Path, *, history_length: int = 1000, seed: int = 1
+) -> Path:
+    """Return the bundle of a model for histories of `history_length`, made unless it is there.
+
+    Another `seed` gives another model of the same cost.
+    """
+    run_folder = folder / f"{name}-{history_length}{'' if seed == 1 else f'-seed-{seed}'}"
     bundle = run_folder / "bundle"
     if not bundle.exists():
         log = _prepared_log(folder)
-        length = f"features.history_length={history_length}"
+        settings = {"features.history_length": history_length, "train.seed": seed}
+        chosen = [flag for setting, n in settings.items() for flag in ("--set", f"{setting}={n}")]
         epochs = ("--set", "train.max_epochs=1", "--no-progress")
-        step("training", "train", *_RUNS[name], "--set", length, *epochs, log, run_folder)
+        step("training", "train", *_RUNS[name], *chosen, *epochs, log, run_folder)
         step("exporter", run_folder / "model.pt", bundle)
     return bundle
 

@@ -14,6 +14,7 @@ loop tick in milliseconds, and a median answer may take no longer than that.
 import asyncio
 import ctypes
 import gc
+import json
 import math
 import os
 import pickle
@@ -22,9 +23,10 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import IO, cast
+from itertools import compress
+from typing import IO, Any, cast
 
 import httptools
 import numpy as np
@@ -145,12 +147,17 @@ class LoadResult:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScheduleResult(LoadResult):
     """The same, request by request: `codes` int16 [N], the HTTP status, 0 where no answer came;
-    `waited` bool [N], whether it is counted as queued; `sent` bool [N], whether it left.
+    `waited` bool [N], whether it is counted as queued; `sent` bool [N], whether it left;
+    `timed_out` bool [N], whether it was given up: what was sent, has no status and was not given up
+    has lost its connection. `answers`: the bodies of the N answers, b"" where none came; empty
+    unless they were kept.
     """
 
     codes: NDArray[np.int16]
     waited: NDArray[np.bool_]
     sent: NDArray[np.bool_]
+    timed_out: NDArray[np.bool_]
+    answers: Sequence[bytes] = ()
 
     def select(self, chosen: NDArray[np.bool_], duration_s: float) -> "ScheduleResult":
         """Return the result of the chosen requests (bool [N]) alone, which were due within
@@ -164,7 +171,83 @@ class ScheduleResult(LoadResult):
             codes=self.codes[chosen],
             waited=self.waited[chosen],
             sent=self.sent[chosen],
+            timed_out=self.timed_out[chosen],
+            answers=list(compress(self.answers, chosen)),
         )
+
+
+class RunningLoad:
+    """A load on its way. `started_s`: when its schedule began, on the clock of time.monotonic."""
+
+    def __init__(
+        self,
+        children: Sequence["subprocess.Popen[bytes]"],
+        arrivals_s: NDArray[np.float64],
+        duration_s: float,
+        started_s: float,
+        *,
+        keep_answers: bool,
+    ) -> None:
+        self._keep_answers = keep_answers
+        self._children = children
+        self._arrivals_s = arrivals_s
+        self._duration_s = duration_s
+        self.started_s = started_s
+
+    def move(self, address: tuple[str, int]) -> None:
+        """Send what is due from now on to another address (host, port), as a load balancer does.
+
+        What is in flight is awaited where it is; a connection is closed when it has no request.
+        """
+        self._tell({"move": address})
+
+    def stop(self) -> None:
+        """Send nothing more; the result is that of what was due until now."""
+        self._duration_s = min(self._duration_s, time.monotonic() - self.started_s)
+        self._tell({"stop": True})
+
+    def _tell(self, command: Mapping[str, object]) -> None:
+        for child in self._children:
+            # One that has sent everything may be gone already. Not buffered: what a pipe refuses
+            # would be written once more when it is closed.
+            with suppress(BrokenPipeError):
+                os.write(_pipe(child.stdin).fileno(), json.dumps(command).encode() + b"\n")
+
+    def result(self) -> ScheduleResult:
+        """Wait until all requests are resolved; raises LoadError when a sending process fails."""
+        n, processes = len(self._arrivals_s), len(self._children)
+        latencies_s, send_delays_s = np.empty(n), np.empty(n)
+        codes, waited, sent = np.empty(n, np.int16), np.empty(n, np.bool_), np.empty(n, np.bool_)
+        timed_out = np.empty(n, np.bool_)
+        answers = [b""] * n
+        was_due = np.zeros(n, np.bool_)
+        for first, child in enumerate(self._children):
+            written = _pipe(child.stdout).read()
+            if child.wait():
+                raise LoadError(f"a sending process ended with status {child.returncode}")
+            outcome: _Outcome = pickle.loads(written)  # noqa: S301 # written by this very module
+            own = slice(first, first + processes * len(outcome.statuses), processes)
+            latencies_s[own] = outcome.latencies_s
+            send_delays_s[own] = outcome.send_delays_s
+            codes[own] = outcome.statuses
+            waited[own] = outcome.waited
+            sent[own] = outcome.sent
+            timed_out[own] = outcome.timed_out
+            was_due[own] = True
+            if self._keep_answers:
+                answers[own] = outcome.answers
+        result = _schedule_result(
+            duration_s=self._duration_s,
+            arrivals_s=self._arrivals_s,
+            latencies_s=latencies_s,
+            send_delays_s=send_delays_s,
+            codes=codes,
+            waited=waited,
+            sent=sent,
+            timed_out=timed_out,
+            answers=answers if self._keep_answers else (),
+        )
+        return result if was_due.all() else result.select(was_due, self._duration_s)
 
 
 def run_open_loop(
@@ -216,7 +299,39 @@ def run_schedule(
     cores: Sequence[int] | None = None,
     warm_up: bytes | None = None,
 ) -> ScheduleResult:
-    """Send requests to `address` (host, port) when they are due; blocks until all are resolved.
+    """Send requests to `address` when they are due; blocks until all are resolved.
+
+    All is as `running_schedule` says.
+    """
+    with running_schedule(
+        address,
+        requests,
+        arrivals_s,
+        duration_s=duration_s,
+        timeout_s=timeout_s,
+        connections=connections,
+        processes=processes,
+        cores=cores,
+        warm_up=warm_up,
+    ) as load:
+        return load.result()
+
+
+@contextmanager
+def running_schedule(
+    address: tuple[str, int],
+    requests: Sequence[bytes],
+    arrivals_s: NDArray[np.float64],
+    *,
+    duration_s: float,
+    timeout_s: float = 2.0,
+    connections: int = 256,
+    processes: int = 1,
+    cores: Sequence[int] | None = None,
+    warm_up: bytes | None = None,
+    keep_answers: bool = False,
+) -> Iterator[RunningLoad]:
+    """Send requests to `address` (host, port) when they are due, while the block runs.
 
     `requests`: whole ones, head and body; number i % len(requests) is due at `arrivals_s[i]`,
     seconds from the start, ascending, float64 [N]; they are dealt out to the processes in turn.
@@ -227,7 +342,8 @@ def run_schedule(
     `timeout_s`: counts from the scheduled arrival, like the latency; the connection is closed then,
     as a client would that gives up. `connections`: most open at a time, in all processes together.
     A few unmeasured requests open connections first: `warm_up`, or the last of `requests`.
-    `cores`: what the sending processes pin themselves to.
+    `cores`: what the sending processes pin themselves to. `keep_answers`: bring the bodies of the
+    answers back, which costs the generator time.
 
     A server that is not there is a result like any other: every status is 0. Raises ValueError for
     impossible arguments, LoadError when a sending process fails (its traceback goes to stderr).
@@ -255,27 +371,22 @@ def run_schedule(
             timeout_s=timeout_s,
             connections=connections // processes + (first < connections % processes),
             cores=None if cores is None else list(cores),
+            keep_answers=keep_answers,
         )
         for first in range(processes)
     ]
-    n = len(arrivals_s)
-    latencies_s, send_delays_s = np.empty(n), np.empty(n)
-    codes, waited, sent = np.empty(n, np.int16), np.empty(n, np.bool_), np.empty(n, np.bool_)
-    for first, outcome in enumerate(_run_jobs(jobs)):
-        latencies_s[first::processes] = outcome.latencies_s
-        send_delays_s[first::processes] = outcome.send_delays_s
-        codes[first::processes] = outcome.statuses
-        waited[first::processes] = outcome.waited
-        sent[first::processes] = outcome.sent
-    return _schedule_result(
-        duration_s=duration_s,
-        arrivals_s=arrivals_s,
-        latencies_s=latencies_s,
-        send_delays_s=send_delays_s,
-        codes=codes,
-        waited=waited,
-        sent=sent,
-    )
+    with ExitStack() as stack:
+        children = [stack.enter_context(_child()) for _ in jobs]
+        for child, job in zip(children, jobs, strict=True):
+            _write(child, pickle.dumps(job))
+        for child in children:
+            if not _pipe(child.stdout).readline():
+                raise LoadError(f"a sending process ended with status {child.wait()}")
+        # CLOCK_MONOTONIC is one clock for all processes.
+        start_s = time.monotonic() + _LEAD_S
+        for child in children:
+            _write(child, f"{start_s!r}\n".encode())
+        yield RunningLoad(children, arrivals_s, duration_s, start_s, keep_answers=keep_answers)
 
 
 def _schedule_result(
@@ -287,6 +398,8 @@ def _schedule_result(
     codes: NDArray[np.int16],
     waited: NDArray[np.bool_],
     sent: NDArray[np.bool_],
+    timed_out: NDArray[np.bool_],
+    answers: Sequence[bytes] = (),
 ) -> ScheduleResult:
     """Count what LoadResult counts; rate: the mean of what was due."""
     return ScheduleResult(
@@ -301,6 +414,8 @@ def _schedule_result(
         codes=codes,
         waited=waited,
         sent=sent,
+        timed_out=timed_out,
+        answers=answers,
     )
 
 
@@ -332,41 +447,31 @@ class _Job:
     timeout_s: float
     connections: int
     cores: list[int] | None
+    keep_answers: bool
 
 
 class _Outcome:
     """What became of n requests, by their tickets 0 .. n-1. Nothing has, at first."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, *, keep_answers: bool) -> None:
+        self.answers = [b""] * n if keep_answers else []
         self.latencies_s = [math.inf] * n
         self.send_delays_s = [0.0] * n
         self.statuses = [_NO_ANSWER] * n
         self.waited = [False] * n
         self.sent = [True] * n
+        self.timed_out = [False] * n
         self.unresolved = n
 
-
-def _run_jobs(jobs: Sequence[_Job]) -> list[_Outcome]:
-    with ExitStack() as stack:
-        children = [stack.enter_context(_child()) for _ in jobs]
-        for child, job in zip(children, jobs, strict=True):
-            pickle.dump(job, _pipe(child.stdin))
-            _pipe(child.stdin).flush()
-        for child in children:
-            if not _pipe(child.stdout).readline():
-                raise LoadError(f"a sending process ended with status {child.wait()}")
-        # CLOCK_MONOTONIC is one clock for all processes.
-        start_s = time.monotonic() + _LEAD_S
-        for child in children:
-            _pipe(child.stdin).write(f"{start_s!r}\n".encode())
-            _pipe(child.stdin).flush()
-        outcomes: list[_Outcome] = []
-        for child in children:
-            written = _pipe(child.stdout).read()
-            if child.wait():
-                raise LoadError(f"a sending process ended with status {child.returncode}")
-            outcomes.append(pickle.loads(written))  # noqa: S301 # written by this very module
-        return outcomes
+    def drop_last(self, n: int) -> None:
+        """Forget the last `n` requests, of which nothing has become."""
+        arrays: tuple[list[Any], ...] = (
+            *(self.answers, self.latencies_s, self.send_delays_s),
+            *(self.statuses, self.waited, self.sent, self.timed_out),
+        )
+        for array in arrays:
+            del array[-n:]
+        self.unresolved -= n
 
 
 @contextmanager
@@ -384,6 +489,12 @@ def _child() -> Iterator["subprocess.Popen[bytes]"]:
             yield process
         finally:
             process.kill()
+
+
+def _write(child: "subprocess.Popen[bytes]", message: bytes) -> None:
+    # Buffered, so that all of it is written.
+    _pipe(child.stdin).write(message)
+    _pipe(child.stdin).flush()
 
 
 def _pipe(file: IO[bytes] | None) -> IO[bytes]:
@@ -413,10 +524,26 @@ async def _send(job: _Job) -> _Outcome:
         gc.collect()
         gc.freeze()
         gc.disable()
+        lines = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
+        )
         sys.stdout.buffer.write(b"ready\n")
         sys.stdout.buffer.flush()
-        start_s = float(await asyncio.to_thread(sys.stdin.buffer.readline))
-        return await sender.send(requests, (start_s + job.arrivals_s).tolist())
+        start_s = float(await lines.readline())
+        commands = asyncio.create_task(_follow(lines, sender))
+        outcome = await sender.send(requests, (start_s + job.arrivals_s).tolist())
+        commands.cancel()
+        return outcome
+
+
+async def _follow(lines: asyncio.StreamReader, sender: "_Sender") -> None:
+    while line := await lines.readline():
+        command = json.loads(line)
+        if "move" in command:
+            sender.move(tuple(command["move"]))
+        else:
+            sender.stop()
 
 
 class _Sender:
@@ -431,6 +558,7 @@ class _Sender:
         self._address = job.address
         self._limit = job.connections
         self._timeout_s = job.timeout_s
+        self._keep_answers = job.keep_answers
         self._loop = asyncio.get_running_loop()
         self._open: set[_Connection] = set()
         self._idle: list[_Connection] = []
@@ -441,7 +569,7 @@ class _Sender:
     async def send(self, requests: list[bytes], due_s: list[float]) -> _Outcome:
         """Send each request when it is due (CLOCK_MONOTONIC); return when all are resolved."""
         self._requests, self._due_s = requests, due_s
-        self._outcome = _Outcome(len(due_s))
+        self._outcome = _Outcome(len(due_s), keep_answers=self._keep_answers)
         self._next = 0
         self._finished = self._loop.create_future()
         self._alarm.set(due_s[0])
@@ -449,6 +577,22 @@ class _Sender:
         await self._finished
         self._sweeper.cancel()
         return self._outcome
+
+    def move(self, address: tuple[str, int]) -> None:
+        """Send to `address` from now on; what is in flight is awaited where it is."""
+        self._address = address
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def stop(self) -> None:
+        """Send nothing more, and be done with what was due."""
+        n_dropped = len(self._due_s) - self._next
+        if n_dropped:
+            del self._due_s[self._next :]
+            self._outcome.drop_last(n_dropped)
+            if self._outcome.unresolved == 0:
+                self._finished.set_result(None)
 
     def close(self) -> None:
         self._alarm.close()
@@ -492,7 +636,10 @@ class _Sender:
     async def _connect(self) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._loop.create_connection(lambda: _Connection(self), *self._address)
+                address = self._address
+                await self._loop.create_connection(
+                    lambda: _Connection(self, address, keep_answers=self._keep_answers), *address
+                )
         except OSError:
             # Each attempt is one request's, so a server that is away is not asked in a tight loop.
             if self._waiting:
@@ -516,10 +663,12 @@ class _Sender:
         """Give up the requests whose time is over."""
         overdue_s = time.monotonic() - self._timeout_s
         while self._waiting and self._due_s[self._waiting[0]] < overdue_s:
+            self._outcome.timed_out[self._waiting[0]] = True
             self._drop()
         for connection in self._open:
             ticket = connection.ticket
             if ticket != _NO_TICKET and self._due_s[ticket] < overdue_s:
+                self._outcome.timed_out[ticket] = True
                 connection.abort()
         self._sweeper = self._loop.call_later(_SWEEP_S, self._sweep)
 
@@ -529,12 +678,16 @@ class _Sender:
         self._open.add(connection)
         self._use(connection)
 
-    def answered(self, connection: "_Connection", ticket: int, status: int) -> None:
+    def answered(self, connection: "_Connection", ticket: int, status: int, answer: bytes) -> None:
         latency_s = time.monotonic() - self._due_s[ticket]
         if latency_s <= self._timeout_s:
             self._outcome.statuses[ticket] = status
+            if self._keep_answers:
+                self._outcome.answers[ticket] = answer
             if status == _OK:
                 self._outcome.latencies_s[ticket] = latency_s
+        else:
+            self._outcome.timed_out[ticket] = True
         self._resolve()
         if not connection.is_closing():
             self._use(connection)
@@ -548,7 +701,9 @@ class _Sender:
         self._connect_if_needed()
 
     def _use(self, connection: "_Connection") -> None:
-        if self._waiting:
+        if connection.address != self._address:
+            connection.close()
+        elif self._waiting:
             ticket = self._waiting.popleft()
             connection.send(ticket, self._requests[ticket])
         else:
@@ -560,8 +715,12 @@ class _Connection(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, sender: _Sender) -> None:
+    def __init__(self, sender: _Sender, address: tuple[str, int], *, keep_answers: bool) -> None:
         self._sender = sender
+        self.address = address
+        self._answer: list[bytes] = []
+        if keep_answers:  # the parser calls what is there when it is made
+            self.on_body = self._answer.append
         self._parser = httptools.HttpResponseParser(self)
         self._status = 0
         self._keep_alive = True
@@ -573,6 +732,9 @@ class _Connection(asyncio.Protocol):
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._transport.close()
 
     def abort(self) -> None:
         self._transport.abort()
@@ -589,14 +751,15 @@ class _Connection(asyncio.Protocol):
             return
         if not self._status:
             return
-        status, ticket = self._status, self.ticket
+        status, ticket, answer = self._status, self.ticket, b"".join(self._answer)
         self._status, self.ticket = 0, _NO_TICKET
+        self._answer.clear()
         if ticket == _NO_TICKET:  # an answer that nobody asked for
             self.abort()
             return
         if not self._keep_alive:
             self._transport.close()
-        self._sender.answered(self, ticket, status)
+        self._sender.answered(self, ticket, status, answer)
 
     def on_message_complete(self) -> None:
         # Only notes: the parser disguises errors of its callbacks as errors of the server.

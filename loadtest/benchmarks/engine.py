@@ -90,7 +90,7 @@ def run_length(folder: Path, page: Path, *, provider: str) -> None:
     )
 
 
-def run_soak(folder: Path, page: Path) -> None:
+def run_growth(folder: Path, page: Path) -> None:
     """Send 100,000 requests to a running service and see whether it grows."""
     bundle = make_bundle("popularity", folder)
     bodies = make_requests(bundle).bodies()
@@ -109,7 +109,7 @@ def run_soak(folder: Path, page: Path) -> None:
     write_section(
         page,
         title="Growth",
-        command="python -m loadtest soak",
+        command="python -m loadtest growth",
         text=f"{len(result.latencies_s):,} requests of 100 candidates and 1,000 behaviors at "
         f"{_SOAK_RATE:.0f}/s: resident memory {before / _MB:.1f} MB before, {after / _MB:.1f} MB "
         f"after ({100 * growth:+.2f} %).",

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,12 @@ class RunningService:
     """A service under measurement. `pid`: of the process that supervises its workers."""
 
     target: Target
-    pid: int
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; others may serve for it."""
+        return self.process.pid
 
     @property
     def url(self) -> str:
@@ -96,6 +101,15 @@ class RunningService:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         return [self.pid, *map(int, children.split())]
 
+    def pids(self) -> list[int]:
+        """Return its process and all that descend from it, oldest first."""
+        found = [self.pid]
+        for pid in found:
+            for thread in Path(f"/proc/{pid}/task").glob("*"):
+                with suppress(OSError):  # a thread or a process may have ended meanwhile
+                    found += map(int, (thread / "children").read_text().split())
+        return found
+
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples of /metrics that have these labels, 0 without any."""
         return sum(
@@ -108,24 +122,38 @@ class RunningService:
 
 @contextmanager
 def service(
-    bundle: Path, redis_url: str, *, cores: Sequence[int], threads: int, flags: Sequence[str] = ()
+    bundle: Path,
+    redis_url: str,
+    *,
+    cores: Sequence[int],
+    threads: int,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Iterator[RunningService]:
-    """Run `python -m service` on the cores, with so many threads for the model."""
+    """Run `python -m service` on the cores, with so many threads for the model.
+
+    `environment`: variables beside those of this process. `log`: where its stderr goes, to this
+    process's unless said.
+    """
     port = free_port()
     command = [
         *(sys.executable, "-m", "service", "--bundle", str(bundle), "--redis-url", redis_url),
         *("--port", str(port), "--threads", str(threads), "--drain-s", "0", *flags),
     ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        process_group=0,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
+    with nullcontext() if log is None else log.open("ab") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=os.environ | dict(environment or {}),
+            process_group=0,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
     try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz")
+        _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz", log)
         target = Target(host="127.0.0.1", port=port, path="/score")
-        yield RunningService(target=target, pid=process.pid)
+        yield RunningService(target=target, process=process)
     finally:
         process.terminate()
         process.wait()
@@ -150,11 +178,14 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path | None) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise StandError(f"the service ended with status {process.returncode}")
+            said = log.read_text().strip().rpartition("\n")[2] if log else ""
+            raise StandError(
+                f"the service ended with status {process.returncode}{': ' if said else ''}{said}"
+            )
         try:
             if httpx.get(url).is_success:
                 return

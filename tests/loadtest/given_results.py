@@ -20,6 +20,7 @@ def result_of(latencies_s: list[float], **fields) -> ScheduleResult:
             "codes": codes,
             "waited": np.zeros(n, np.bool_),
             "sent": np.ones(n, np.bool_),
+            "timed_out": np.zeros(n, np.bool_),
             **fields,
         }
     )

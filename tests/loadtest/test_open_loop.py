@@ -21,6 +21,7 @@ from loadtest.open_loop import (
     Target,
     run_open_loop,
     run_schedule,
+    running_schedule,
 )
 from loadtest.redis_server import free_port
 from loadtest.schedules import draw_arrivals, steady
@@ -494,3 +495,106 @@ def test_impossible_arguments_are_refused_by_name(options, message):
     defaults = {"bodies": [b""], "rate": 10.0, "duration_s": 1.0, "seed": 1}
     with pytest.raises(ValueError, match=message):
         run_open_loop(target, **{**defaults, **options})
+
+
+def text_200(text: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_answers_come_back_with_their_requests_when_they_are_kept(processes):
+    """Request 2 is broken off, request 3 is answered in pieces."""
+
+    def behavior(i: int) -> Reply:
+        if i == 2:
+            return Reply(pieces=(text_200(b"half an answer")[:-5],), close=True)
+        whole = text_200(b"answer %d" % i)
+        return Reply(pieces=(whole[:-4], whole[-4:]) if i == 3 else (whole,), delay_s=0.01)
+
+    with small_server(behavior) as server:
+        requests = [server.target.request(body) for body in BODIES]
+        with running_schedule(
+            ("127.0.0.1", server.port),
+            requests,
+            np.arange(5) / 50,
+            duration_s=1.0,
+            processes=processes,
+            keep_answers=True,
+        ) as load:
+            result = load.result()
+    assert result.answers == [b"answer 0", b"answer 1", b"", b"answer 3", b"answer 4"]
+    chosen = result.select(np.array([False, True, False, True, False]), 1.0)
+    assert chosen.answers == [b"answer 1", b"answer 3"]
+
+
+def test_a_load_that_moves_awaits_what_is_in_flight_where_it_is():
+    """Request 0 takes 0.6 s; the move is at about 0.3 s, between requests 1 and 2."""
+    slow = Reply(pieces=(text_200(b"old"),), delay_s=0.6)
+    with (
+        small_server(lambda i: slow if i == 0 else Reply(pieces=(text_200(b"old"),))) as old,
+        small_server(Reply(pieces=(text_200(b"new"),))) as new,
+        running_schedule(
+            ("127.0.0.1", old.port),
+            [old.target.request(body) for body in BODIES],
+            np.array([0.0, 0.05, 0.7, 0.9]),
+            duration_s=1.0,
+            keep_answers=True,
+        ) as load,
+    ):
+        time.sleep(max(0.0, load.started_s + 0.3 - time.monotonic()))
+        load.move(("127.0.0.1", new.port))
+        result = load.result()
+    assert result.answers == [b"old", b"old", b"new", b"new"]
+    assert new.bodies == [b"2", b"3"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_load_that_is_stopped_has_the_requests_that_were_due(processes):
+    """Every request takes 0.2 s: some are in flight when the load is stopped."""
+    with (
+        small_server(Reply(delay_s=0.2)) as server,
+        running_schedule(
+            ("127.0.0.1", server.port),
+            [server.target.request(body) for body in BODIES],
+            np.arange(1000) / 100,
+            duration_s=10.0,
+            processes=processes,
+        ) as load,
+    ):
+        time.sleep(max(0.0, load.started_s + 0.5 - time.monotonic()))
+        load.stop()
+        result = load.result()
+    assert 40 < len(result.arrivals_s) < 200
+    assert result.statuses == {200: len(result.arrivals_s)}
+    assert (np.diff(result.arrivals_s) > 0).all()
+    assert 0.4 < result.duration_s < 2.0
+    assert len(server.bodies) == len(result.arrivals_s) + N_WARM_UP * processes
+
+
+def test_a_load_that_has_sent_everything_can_be_stopped():
+    with (
+        small_server(Reply()) as server,
+        running_schedule(
+            ("127.0.0.1", server.port), [server.target.request(b"0")], np.zeros(1), duration_s=0.1
+        ) as load,
+    ):
+        time.sleep(0.5)
+        load.stop()
+        result = load.result()
+    assert result.statuses == {200: 1}
+    assert result.duration_s == 0.1
+
+
+def test_what_is_given_up_is_told_from_what_is_broken_off():
+    """Request 1 is never answered, the connection of request 2 breaks off."""
+
+    def behavior(i: int) -> Reply:
+        if i == 1:
+            return Reply(pieces=(EMPTY_200[:10],))
+        return Reply(pieces=(), close=True) if i == 2 else Reply()
+
+    with small_server(behavior) as server:
+        result = server.run_at([0.0, 0.1, 0.2, 0.3], timeout_s=0.5)
+    assert result.codes.tolist() == [200, 0, 0, 200]
+    assert result.timed_out.tolist() == [False, True, False, False]
+    assert result.sent.all()

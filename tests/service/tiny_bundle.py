@@ -12,8 +12,11 @@ HISTORY_LENGTH = 8
 ITEM_IDS = np.arange(10, 60, dtype=np.int64)
 
 
-def make_bundle(folder: Path) -> Path:
-    """Export YouTube DNN with random weights, as `python -m exporter` does."""
+def make_bundle(folder: Path, *, version: str = "tiny-1", seed: int = 1, gain: float = 1.0) -> Path:
+    """Export YouTube DNN with random weights, as `python -m exporter` does.
+
+    `gain` multiplies all weights: with more of it, scores differ more.
+    """
     # Only here: torch is for the making of the bundle, not for what is tested.
     import torch
 
@@ -34,14 +37,17 @@ def make_bundle(folder: Path) -> Path:
     trained = TrainedModel(
         config=config,
         model=build_model(
-            config.model, config.features, item_counts=counts, features_of_row=None, seed=1
+            config.model, config.features, item_counts=counts, features_of_row=None, seed=seed
         ),
         catalogue=catalogue,
         metrics={"auc": 0.5},
         data_fingerprint="f",
     )
+    with torch.no_grad():
+        for weights in trained.model.parameters():
+            weights.mul_(gain)
     save_model(folder / "model.pt", trained, item_counts=counts, features_of_row=None)
-    export(folder / "model.pt", folder / "bundle", model_version="tiny-1")
+    export(folder / "model.pt", folder / "bundle", model_version=version)
     return folder / "bundle"
 
 
