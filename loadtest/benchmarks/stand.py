@@ -71,14 +71,14 @@ def histories(bundle: Path, length: int, n: int = USERS) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunningService:
-    """A service under measurement. `pid`: of the process that supervises its workers."""
+    """A service under measurement. `process`: the one that was started."""
 
     target: Target
     process: "subprocess.Popen[bytes]"
 
     @property
     def pid(self) -> int:
-        """Of the process that was started; others may serve for it."""
+        """Of the process that supervises those that serve."""
         return self.process.pid
 
     @property
@@ -88,18 +88,14 @@ class RunningService:
 
     def cpu_s(self) -> float:
         """Return the processor seconds that all its processes have used."""
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self._pids()]
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self.pids()]
         fields = [stat.rpartition(")")[2].split() for stat in stats]
         return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
 
     def rss_bytes(self) -> int:
         """Return the resident memory of all its processes."""
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._pids()]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids()]
         return sum(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def _pids(self) -> list[int]:
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [self.pid, *map(int, children.split())]
 
     def pids(self) -> list[int]:
         """Return its process and all that descend from it, oldest first."""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ import httpx
 import uvicorn
 from prometheus_client import Counter, Gauge, Histogram
 
+import service.metrics
 from loadtest.benchmarks.overhead import wrk
 from loadtest.benchmarks.stand import (
     RunningService,
@@ -45,7 +46,7 @@ from service.settings import Settings
 
 _LENGTH = 1000
 _CONNECTIONS = 8
-_ROUNDS, _ROUND_S = 16, 2
+_ROUNDS, _ROUND_S = 40, 1
 _IDS = {
     "X-Request-Id": "a-request-of-a-shop-0123456789",
     "Traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
@@ -123,7 +124,7 @@ def _service(bundle: Path, redis_url: str, metrics: Path, *flags: str) -> Iterat
                     assert process.poll() is None, "the service ended"
                     time.sleep(0.1)
             target = Target(host="127.0.0.1", port=port, path="/score")
-            yield RunningService(target=target, pid=process.pid)
+            yield RunningService(target=target, process=process)
         finally:
             process.terminate()
 
@@ -159,15 +160,22 @@ def _silence() -> None:
         del args
         return _Nameless()
 
-    silenced: dict[type, dict[str, Callable[..., Any]]] = {
-        Counter: {"labels": itself, "inc": nothing},
-        Gauge: {"labels": itself, "set": nothing, "inc": nothing, "dec": nothing},
-        Histogram: {"labels": itself, "observe": nothing},
-        RequestLog: {"begin": nameless, "end": nothing},
-    }
-    for owner, methods in silenced.items():
-        for name, method in methods.items():
-            setattr(owner, name, method)
+    class Nothing:
+        def __init__(self, metric: object) -> None:
+            del metric
+
+        inc = observe = flush = nothing
+
+    silenced: list[tuple[Any, dict[str, Any]]] = [
+        (service.metrics, {"CounterTally": Nothing, "HistogramTally": Nothing}),
+        (Counter, {"labels": itself, "inc": nothing}),
+        (Gauge, {"labels": itself, "set": nothing, "inc": nothing, "dec": nothing}),
+        (Histogram, {"labels": itself, "observe": nothing}),
+        (RequestLog, {"begin": nameless, "end": nothing}),
+    ]
+    for owner, members in silenced:
+        for name, member in members.items():
+            setattr(owner, name, member)
 
 
 class _Nameless:
