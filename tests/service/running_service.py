@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.redis_server import free_port
@@ -97,11 +98,7 @@ class RunningService:
         """Return the workers that have a count of a scored request."""
         (folder,) = self.metrics_folders
         counters = {path.stem.split("_")[1]: path for path in folder.glob("counter_*.db")}
-        return {
-            int(pid)
-            for pid, path in counters.items()
-            if pid.isdigit() and b'"/score"' in path.read_bytes()
-        }
+        return {int(pid) for pid, path in counters.items() if pid.isdigit() and _has_answered(path)}
 
     def score_until_all_have(self, pids: set[int]) -> int:
         """Send requests, eight at a time, until all the workers have scored; return how many."""
@@ -134,6 +131,10 @@ class RunningService:
                 )
                 sums[f"{sample.name} {part}".rstrip()] += sample.value
         return sums
+
+    def wait_for(self, name: str, value: float) -> None:
+        """Return when a sample has the value: workers write now and then what they count."""
+        wait_until(lambda: self.samples()[name] == value, f"{name} = {value}")
 
     def end(self, number: int = signal.SIGTERM) -> tuple[str, str]:
         """Signal that it should end; return stdout and stderr when it has."""
@@ -184,6 +185,11 @@ def running_service(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _has_answered(counters: Path) -> bool:
+    samples = MmapedDict.read_all_values_from_file(str(counters))
+    return any('"/score"' in key and value for key, value, *_ in samples)
 
 
 def _command_line(pid: str) -> bytes:

@@ -320,6 +320,7 @@ class TestWorkers:
             service.wait_until_ready()
             wait_until(lambda: len(service.serving()) == 2, "there are two workers")
             n_scored = service.score_until_all_have(service.pids)
+            service.wait_for("mneme_requests_total /score", n_scored)
             for _ in range(8):  # the same sums, whichever worker is asked
                 found = service.samples()
                 assert found["mneme_requests_total /score"] == n_scored

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from service.batcher import Batcher
 from service.cost import BatchCost
-from service.history import HistoryStore, connect
+from service.history import HistoryStore
 from service.metrics import Metrics
 from service.model import OnnxModel
+from service.redis_nodes import connect
 from service.scorer import BatchScorer, DeviceThread, ScoreRequest
 from service.turns import SharedDevice
 from tests.service.histories import NOW, records, steps

@@ -263,7 +263,7 @@ def test_a_password_in_a_flag_is_refused_and_not_repeated(url):
 def test_an_error_in_a_url_with_a_password_does_not_repeat_it(environment, url):
     """For one, the password's beginning is a port, and urllib says which, where # ends the host."""
     environment(REDIS_URL=url)
-    with pytest.raises(SettingsError, match=r"^\w+: a URL like redis://") as caught:
+    with pytest.raises(SettingsError, match=r"^redis_url: .*redis://") as caught:
         read_settings({"bundle": "b"})
     assert "a-secret" not in "".join(traceback.format_exception(caught.value))
 

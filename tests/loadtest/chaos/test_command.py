@@ -7,6 +7,13 @@ import pytest
 from loadtest.__main__ import main
 
 
+@pytest.fixture(autouse=True)
+def _short_floods(monkeypatch):
+    """The capacity is measured roughly, but soon."""
+    monkeypatch.setattr("loadtest.chaos.bench._LOWEST_FLOOD", 2000.0)
+    monkeypatch.setattr("loadtest.chaos.bench._FLOOD_S", 0.5)
+
+
 @pytest.fixture
 def flags(bundles, tmp_path):
     return [

@@ -1,4 +1,7 @@
-"""Every fault, short: it is made, counted, and nothing wrong is found."""
+"""A fault of each kind, short: it is made, counted, and nothing wrong is found.
+
+All of them take minutes: `python -m loadtest chaos --seconds 4`.
+"""
 
 from dataclasses import replace
 
@@ -9,6 +12,7 @@ from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.rows import ROWS
 
 BY_NAME = {row.name: row for row in ROWS}
+SHORT = ("sigterm", "bad-bundle", "redis-killed", "redis-killed-cold", "slow-clients")
 
 
 def show(bench, name):
@@ -19,7 +23,7 @@ def show(bench, name):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", SHORT)
 def test_nothing_wrong_is_found(bench, name):
     outcome, watched = show(bench, name)
     assert outcome.findings == []

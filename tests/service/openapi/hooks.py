@@ -1,5 +1,6 @@
 """What the schema cannot say, so that schemathesis asks what a client who knows would ask."""
 
+import itertools
 import time
 from typing import Any
 
@@ -10,15 +11,19 @@ from contract.records import MAX_USER_ID_BYTES
 from service.experiment import SINGLE_ARM
 from tests.service.dummy_model import KNOWN_ITEMS
 
+_NUMBERS = itertools.count()
+
 
 @schemathesis.hook
 def before_call(context: HookContext, case: Case[Any], **kwargs: Any) -> None:
-    """Let a valid request be valid for this service: its arm, its catalogue, its clock."""
+    """Let a valid request be valid for this service: its arm, its catalogue, its clock, its key."""
     del context, kwargs
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
     if case.query and "arm" in case.query:
         case.query["arm"] = SINGLE_ARM
+    if case.headers and "Idempotency-Key" in case.headers:
+        case.headers["Idempotency-Key"] = f"request-{next(_NUMBERS)}"
     body: Any = _whole(case.body)
     case.body = body
     if not isinstance(body, dict):
