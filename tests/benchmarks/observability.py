@@ -2,96 +2,86 @@
 
 python -m tests.benchmarks.observability
 
-Two services of one bundle share a core and take turns; one of them counts, writes and names
-nothing. The model is one gather, so that the share is of the server alone: that of any real model
-is smaller. wrk and Redis have another core.
+Two applications in one process take turns, request by request as their servers call them; one of
+them counts, writes and names nothing. The model is one gather and there are no sockets, so that the
+share is of the least that a request costs: of a real one it is smaller.
 """
 
-import argparse
+import asyncio
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import httpx
-import uvicorn
-from prometheus_client import Counter, Gauge, Histogram
+import uvloop
+from starlette.types import ASGIApp, Message
 
-import service.metrics
-from loadtest.benchmarks.overhead import wrk
-from loadtest.benchmarks.stand import (
-    RunningService,
-    histories,
-    make_requests,
-    pinned,
-    two_cores,
-)
+from loadtest.benchmarks.stand import histories, make_requests
 from loadtest.bundles import make_bundle
 from loadtest.machine import describe_machine
-from loadtest.open_loop import Target
-from loadtest.redis_server import free_port
-from service.app import create_app
-from service.logs import configure
-from service.model import OnnxModel
-from service.request_log import RequestLog
-from service.settings import Settings
 
 _LENGTH = 1000
-_CONNECTIONS = 8
-_ROUNDS, _ROUND_S = 40, 1
+_TOGETHER, _BLOCK, _TURNS, _WARM_TURNS = 8, 100, 80, 5
 _IDS = {
-    "X-Request-Id": "a-request-of-a-shop-0123456789",
-    "Traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    "x-request-id": "a-request-of-a-shop-0123456789",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 }
 
 
 def main() -> None:
-    """Print the processor time a request of both, and the median ratio of a round."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", nargs=3, metavar=("BUNDLE", "REDIS_URL", "PORT"))
-    parser.add_argument("--silent", action="store_true")
-    options = parser.parse_args()
-    if options.serve:
-        _serve(*options.serve, silent=options.silent)
-    else:
-        _measure()
-
-
-def _measure() -> None:
-    print(f"{describe_machine()}, {_CONNECTIONS} connections, {_ROUNDS} rounds of {_ROUND_S} s")
+    """Print the processor time a request of both, and the median ratio of a turn."""
+    print(f"{describe_machine()}, {_TURNS} turns of {_BLOCK} x {_TOGETHER} requests")
     print(f"{'headers sent':>22}{'silent us':>12}{'as it is us':>12}{'ratio':>8}   quartiles")
-    served, measuring = two_cores()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bundle = make_bundle("popularity", folder, history_length=_LENGTH)
-        bodies = make_requests(bundle).bodies()
-        stack.enter_context(pinned(measuring))
-        redis_url = stack.enter_context(histories(bundle, _LENGTH))
-        with pinned(served):
-            silent, as_it_is = (
-                stack.enter_context(_service(bundle, redis_url, folder / name, *flags))
-                for name, flags in (("silent", ("--silent",)), ("as-it-is", ()))
-            )
+    with tempfile.TemporaryDirectory() as name:
+        bundle = make_bundle("popularity", Path(name), history_length=_LENGTH)
+        # Processes that share their metrics, as workers do, pay more for them; read on import.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = name
+        with histories(bundle, _LENGTH) as redis_url:
+            uvloop.run(_measure(bundle, redis_url))
+
+
+async def _measure(bundle: Path, redis_url: str) -> None:
+    from service.app import create_app
+    from service.logs import configure
+    from service.model import OnnxModel
+    from service.settings import Settings
+
+    settings = Settings(
+        bundle=bundle, redis_url=redis_url, redis_timeout_s=5.0, deadline_s=10.0, threads=1
+    )
+    configure(level="info", style="json", personal_data=False)
+
+    def make() -> Any:
+        return create_app(settings, lambda folder: OnnxModel(folder, threads=1))
+
+    bodies = make_requests(bundle).bodies()
+    async with AsyncExitStack() as stack:
+        with (
+            mock.patch("service.metrics.CounterTally", _Nothing),
+            mock.patch("service.metrics.HistogramTally", _Nothing),
+            mock.patch("service.app.RequestLog", _NoLog),
+        ):
+            silent = make()
+            await stack.enter_async_context(silent.router.lifespan_context(silent))
+        as_it_is = make()
+        await stack.enter_async_context(as_it_is.router.lifespan_context(as_it_is))
         for what, headers in (("none", {}), ("request id and trace", _IDS)):
-            taken_us: dict[int, list[float]] = {silent.pid: [], as_it_is.pid: []}
-            for turn in range(_ROUNDS):
-                # Who is second finds a machine that is warmer, or busier.
-                for one in (silent, as_it_is) if turn % 2 else (as_it_is, silent):
-                    before_s = one.cpu_s()
-                    target = replace(one.target, headers=headers)
-                    result = wrk(target, bodies, _CONNECTIONS, _ROUND_S)
-                    assert not result.failed, f"{result.failed} requests failed"
-                    n_requests = result.requests_per_s * _ROUND_S
-                    taken_us[one.pid].append(1e6 * (one.cpu_s() - before_s) / n_requests)
-            before, after = taken_us[silent.pid], taken_us[as_it_is.pid]
+            taken_us: dict[Any, list[float]] = {silent: [], as_it_is: []}
+            for turn in range(_WARM_TURNS + _TURNS):
+                for app in (silent, as_it_is) if turn % 2 else (as_it_is, silent):
+                    began = time.process_time()
+                    await _ask(app, bodies, headers)
+                    # What a request adds is written within its turn.
+                    app.state.services.metrics.flush()
+                    seconds = time.process_time() - began
+                    if turn >= _WARM_TURNS:
+                        taken_us[app].append(1e6 * seconds / (_BLOCK * _TOGETHER))
+            before, after = taken_us[silent], taken_us[as_it_is]
             ratios = [b / a for a, b in zip(before, after, strict=True)]
             quartiles = statistics.quantiles(ratios, n=4)
             print(
@@ -101,85 +91,70 @@ def _measure() -> None:
             )
 
 
-@contextmanager
-def _service(bundle: Path, redis_url: str, metrics: Path, *flags: str) -> Iterator[RunningService]:
-    port = free_port()
-    metrics.mkdir()
-    command = [sys.executable, "-m", "tests.benchmarks.observability"]
-    with (
-        (metrics / "log").open("w") as log,
-        subprocess.Popen(
-            [*command, "--serve", str(bundle), redis_url, str(port), *flags],
-            stderr=log,
-            # As with several workers, whose metrics cost more.
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics)},
-        ) as process,
-    ):
-        try:
-            while True:
-                try:
-                    httpx.get(f"http://127.0.0.1:{port}/readyz").raise_for_status()
-                    break
-                except httpx.TransportError:
-                    assert process.poll() is None, "the service ended"
-                    time.sleep(0.1)
-            target = Target(host="127.0.0.1", port=port, path="/score")
-            yield RunningService(target=target, process=process)
-        finally:
-            process.terminate()
+async def _ask(app: ASGIApp, bodies: list[bytes], headers: Mapping[str, str]) -> None:
+    for first in range(0, _BLOCK * _TOGETHER, _TOGETHER):
+        some = (bodies[(first + n) % len(bodies)] for n in range(_TOGETHER))
+        await asyncio.gather(*(_request(app, body, headers) for body in some))
 
 
-def _serve(bundle: str, redis_url: str, port: str, *, silent: bool) -> None:
-    configure(level="info", style="json", personal_data=False)
-    if silent:
-        _silence()
-    settings = Settings(bundle=Path(bundle), redis_url=redis_url, threads=1)
-    app = create_app(settings, partial(OnnxModel, provider="cpu", threads=1))
-    uvicorn.run(
-        app,
-        port=int(port),
-        loop="uvloop",
-        http="httptools",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-    )
+async def _request(app: ASGIApp, body: bytes, headers: Mapping[str, str]) -> None:
+    sent = {"host": "127.0.0.1:8000", "content-length": str(len(body)), **headers}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/score",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in sent.items()],
+        "server": ("127.0.0.1", 8000),
+    }
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    statuses = []
+
+    async def receive() -> Message:
+        if not messages:  # a client that stays
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await app(scope, receive, send)
+    assert statuses == [200], statuses
 
 
-def _silence() -> None:
-    """Let every metric count nothing and every request have no name, in this process."""
+class _Nothing:
+    """In place of a tally."""
 
-    def nothing(*args: Any, **fields: Any) -> None:
-        del args, fields
+    def __init__(self, metric: object) -> None:
+        del metric
 
-    def itself(metric: Any, *labels: Any, **named: Any) -> Any:
-        del labels, named
-        return metric
+    def inc(self, amount: float = 1) -> None:
+        pass
 
-    def nameless(*args: Any) -> _Nameless:
-        del args
-        return _Nameless()
+    def observe(self, value: float) -> None:
+        pass
 
-    class Nothing:
-        def __init__(self, metric: object) -> None:
-            del metric
-
-        inc = observe = flush = nothing
-
-    silenced: list[tuple[Any, dict[str, Any]]] = [
-        (service.metrics, {"CounterTally": Nothing, "HistogramTally": Nothing}),
-        (Counter, {"labels": itself, "inc": nothing}),
-        (Gauge, {"labels": itself, "set": nothing, "inc": nothing, "dec": nothing}),
-        (Histogram, {"labels": itself, "observe": nothing}),
-        (RequestLog, {"begin": nameless, "end": nothing}),
-    ]
-    for owner, members in silenced:
-        for name, member in members.items():
-            setattr(owner, name, member)
+    def flush(self) -> None:
+        pass
 
 
-class _Nameless:
+class _NoLog:
+    """In place of a RequestLog; its requests have no names."""
+
     headers: tuple[()] = ()
+
+    def __init__(self, settings: object) -> None:
+        del settings
+
+    def begin(self, *_: object) -> "_NoLog":
+        return self
+
+    def end(self, *_: object, **__: object) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
 
 
 if __name__ == "__main__":
