@@ -438,7 +438,7 @@ class DeviceThread(ThreadPoolExecutor):
             result = job(*arguments)
         except DeviceMemoryError:
             raise
-        except Exception:
+        except Exception:  # whatever it is: it is counted, and goes on to who asked
             if not self.failures:
                 self.failing_since = time.perf_counter()
             self.failures += 1
