@@ -64,7 +64,7 @@ def _serve(arguments: list[str]) -> int:
     if missing:
         raise SettingsError(f"{' and '.join(missing)} must be installed: without, it is too slow")
     if settings.tracing == "otel" and not all(map(_is_installed, _TRACING_NEEDS)):
-        raise SettingsError("tracing: otel needs the extra `otel`: mneme[otel]")
+        raise SettingsError("tracing: otel needs the extra `otel`: pip install '.[otel]'")
     refuse_open_doors(settings)
     configure(
         level=settings.log_level,

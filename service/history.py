@@ -25,7 +25,7 @@ _DEDUPLICATION_BYTES = RECORD_BYTES * DEDUPLICATION_BEHAVIORS
 
 # Life of an idempotency key unless the store is told another, in seconds.
 IDEMPOTENCY_LIFE_S = 3600.0
-# What idempotency keys stand under; no history does (`service.settings`).
+# What idempotency keys stand under; no history does, unless `key_prefix` is the same.
 IDEMPOTENCY_PREFIX = "mneme-idempotency"
 
 FINGERPRINT_BYTES = 16
