@@ -13,7 +13,7 @@ from loadtest.benchmarks import ab, honesty, http_rate, overhead, overload, race
 from loadtest.benchmarks.engine import run_engine, run_growth, run_length
 from loadtest.benchmarks.stand import StandError
 from loadtest.bundles import BundleError
-from loadtest.chaos import command, soak
+from loadtest.chaos import command, reloads, soak
 from loadtest.chaos.errors import ChaosError
 from loadtest.demo import CASTS, DemoError, DemoOptions, run_demo
 from loadtest.open_loop import LoadError
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("engine", "length", "http"):
             one.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
         one.set_defaults(run=_benchmark, measure=measure)
-    for module in (rate, replay, simulation, report, ab, honesty, command, soak):
+    for module in (rate, replay, simulation, report, ab, honesty, command, reloads, soak):
         module.add_command(commands)
     return parser
 

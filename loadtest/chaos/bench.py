@@ -1,6 +1,7 @@
 """Where faults are shown: what is served, the load beside it, and the watch over both."""
 
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ _LONGEST_SETTLE_S = 2.0
 # Of a load that is stopped when the fault is over.
 _LONGEST_S = 900.0
 _COMMAND_TIMEOUT_S = 300.0
+# What it asks of, it asks without TLS; httpx would read all of the system's for each call.
+_NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 _LOWEST_FLOOD, _HIGHEST_FLOOD, _FLOOD_S = 500.0, 32_000.0, 3.0
 # A flood that is answered by so much has not found the limit.
 _SATURATED_SHARE = 0.7
@@ -281,11 +284,18 @@ class Bench:
 
 def status(ours: RunningService) -> dict[str, Any]:
     """Return what GET /admin/status says; raises ChaosError where there is no such route."""
-    answer = httpx.get(f"{ours.url}/admin/status", timeout=5.0)
+    answer = httpx.get(f"{ours.url}/admin/status", timeout=5.0, verify=_NO_CERTIFICATES)
     if not answer.is_success:
         raise ChaosError(f"GET /admin/status: {answer.status_code}")
     found: dict[str, Any] = answer.json()
     return found
+
+
+def served_version(ours: RunningService) -> str:
+    """Return the version that the only arm serves."""
+    models = httpx.get(f"{ours.url}/models", timeout=5.0, verify=_NO_CERTIFICATES).json()
+    version: str = models["models"][0]["version"]
+    return version
 
 
 def wait_until(holds: Callable[[], bool], *, within_s: float) -> float | None:

@@ -87,10 +87,6 @@ def figures(rows: Sequence[Outcome | NotRun], page: Path) -> dict[str, float]:
     }
     if "sigterm" in done:
         found["drain_failed_requests"] = done["sigterm"].failed
-    if "reload" in done:
-        before_s, during_s = done["reload"].p99_before_s, done["reload"].p99_during_s
-        if before_s and during_s:
-            found["reload_p99_ratio"] = during_s / before_s
     fuzzing = page.with_name("fuzzing.json")
     if fuzzing.exists():
         fuzzed = json.loads(fuzzing.read_text())["figures"]

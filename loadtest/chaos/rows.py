@@ -21,7 +21,14 @@ import numpy as np
 from contract.bundle import GOLDEN, MANIFEST, MODEL, file_entry, read_manifest
 from contract.golden import GoldenRows
 from loadtest.benchmarks.stand import RunningService
-from loadtest.chaos.bench import Bench, Injection, Watched, status, wait_until
+from loadtest.chaos.bench import (
+    Bench,
+    Injection,
+    Watched,
+    served_version,
+    status,
+    wait_until,
+)
 from loadtest.chaos.child import child
 from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.outcome import Outcome
@@ -110,7 +117,9 @@ def _reload(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
                 bench.publish(pointer, bench.bundles[published % 2])
                 time.sleep(max(0.0, due_s + every_s - time.monotonic()))
             wanted = bench.expected[published % 2].version
-            served_s = wait_until(lambda: _served(ours) == wanted, within_s=_REPLACED_WITHIN_S)
+            served_s = wait_until(
+                lambda: served_version(ours) == wanted, within_s=_REPLACED_WITHIN_S
+            )
             _expect_in_time(injection, "the bundle published last was served", served_s)
             applied = status(ours)["generation"] - before
             injection.notes.append(f"{published} bundles published, {applied} generations served")
@@ -146,7 +155,7 @@ def _bad_bundle(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
                 lambda: status(ours)["refused"] is None, within_s=_REPLACED_WITHIN_S
             )
             _expect_in_time(injection, "all was well again", accepted_s)
-            if (found := _served(ours)) != bench.expected[0].version:
+            if (found := served_version(ours)) != bench.expected[0].version:
                 injection.findings.append(f"version {found} is served")
 
         outcome, watched = bench.show(name, fault, [ours], store, inject, lasts_s=bench.seconds / 4)
@@ -324,7 +333,7 @@ def _disk_full(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
                 if done.returncode == 0 or pointer.read_bytes() != published:
                     injection.findings.append("the pointer was changed on a full disk")
                 (disk / "rest").unlink()
-                if (found := _served(ours)) != bench.expected[0].version:
+                if (found := served_version(ours)) != bench.expected[0].version:
                     injection.findings.append(f"version {found} is served")
 
             outcome, watched = bench.show(
@@ -399,13 +408,6 @@ def _is_ready(ours: RunningService) -> bool:
         return httpx.get(f"{ours.url}/readyz").is_success
     except httpx.TransportError:
         return False
-
-
-def _served(ours: RunningService) -> str:
-    """Return the version that is served."""
-    models = httpx.get(f"{ours.url}/models").json()
-    version: str = models["models"][0]["version"]
-    return version
 
 
 def _ahead_s(ours: RunningService) -> float:

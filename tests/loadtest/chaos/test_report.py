@@ -129,7 +129,6 @@ def test_the_page_has_the_figures_that_are_known(tmp_path):
         "lost_events": 2,
         "doubled_events": 3,
         "drain_failed_requests": 7,
-        "reload_p99_ratio": pytest.approx(1.5),
         "fuzz_executions": 2_000_000,
         "fuzz_crashes": 0,
     }
