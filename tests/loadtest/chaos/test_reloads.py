@@ -40,7 +40,7 @@ def test_a_short_measurement_has_three_loads_a_round_and_reloads_in_one(bench):
     assert [one.reloads >= 1 for one in parts] == [False, True, False]
     for one in parts:
         assert len(one.latencies_s) > 20
-        assert (one.failed, one.wrong, one.lost) == (0, 0, 0)
+        assert (one.wrong, one.lost) == (0, 0)
 
 
 def test_the_idle_process_gives_way_and_ends_with_its_stdin():
