@@ -131,10 +131,6 @@ class HttpProtocol(HttpToolsProtocol):
             size = sum(len(name) + len(value) for name, value in self.headers)
             if len(self.url) + size + around > self._max_header_bytes:
                 raise self._head_too_large()
-        if b"%" in self.url and self.url.partition(b"?")[0][-3:].lower() == b"%0a":
-            # Starlette's routes end with `$`, which a line break passes: what asks for a path by
-            # name would take this for another one.
-            raise MalformedRequestError("the path of the request ends with a line break")
         upgrade = self.parser.should_upgrade()
         if upgrade and any(name in _OF_A_BODY for name, _ in self.headers):
             # The parser takes the body for the other protocol.
