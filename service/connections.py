@@ -31,8 +31,8 @@ class LimitedProtocol(HttpProtocol):
     """One connection; see HttpProtocol for what it may send.
 
     `max_connections`: of the worker; those beyond are answered 503 and closed before anything of
-    theirs is read. `answer_taken_s`: seconds in which the client must take an answer that fills the
-    buffers; then the connection is cut off.
+    theirs is read. `answer_taken_s`: seconds in which the client must take what does not fit into
+    the socket's buffer; then the connection is cut off.
     """
 
     def __init__(
@@ -46,6 +46,9 @@ class LimitedProtocol(HttpProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the connection, if there is a place for it."""
         super().connection_made(transport)
+        # A single byte that waits starts the clock. Whoever closes the connection, it stays open
+        # until its buffer is empty, and no longer reads or is told of anything meanwhile.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self._max_connections:
             self._turn_away()
         self._count_connections()
@@ -57,27 +60,14 @@ class LimitedProtocol(HttpProtocol):
         self._count_connections()
 
     def pause_writing(self) -> None:
-        """Begin to wait for the client: the buffers are full of what it has not taken."""
+        """Begin to wait for the client: the socket's buffer is full of what it has not taken."""
         super().pause_writing()
         self._taking = self.loop.call_later(self._answer_taken_s, self._cut_off)
 
     def resume_writing(self) -> None:
-        """The client has taken most of it."""
+        """The client has taken it, or the socket has the rest."""
         self._stop_taking()
         super().resume_writing()
-
-    def on_response_complete(self) -> None:
-        """See to it that a connection which is to be closed is: that waits for the buffers, too."""
-        super().on_response_complete()
-        if self.transport.is_closing() and self._taking is None:
-            self._taking = self.loop.call_later(self._answer_taken_s, self._cut_off)
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Close a connection that asks for nothing more, or cut it off with an unread answer."""
-        if self.transport.get_write_buffer_size():
-            self._cut_off()
-        else:
-            super().timeout_keep_alive_handler()
 
     def _cut_off(self) -> None:
         self._taking = None

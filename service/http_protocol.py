@@ -91,7 +91,6 @@ class HttpProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         if self._ending:
             return
-        self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -107,12 +106,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._pending_bytes += len(data)
             if self._pending_bytes > 2 * self._max_header_bytes:
                 self._refuse(self._head_too_large())
-                return
-        if self._in_message or self._is_idle():
-            if self._reading is None:
+            elif self._reading is None:
                 self._reading = self.loop.call_later(self._request_read_s, self._too_slow)
-        elif self._reading is not None:
-            self._stop_clock()
 
     def on_message_begin(self) -> None:
         """Take note of a new request. Raises where too many wait already."""
@@ -121,6 +116,8 @@ class HttpProtocol(HttpToolsProtocol):
                 f"more than {_MAX_PIPELINED} requests were sent before the first was answered"
             )
         super().on_message_begin()
+        # Not before, so that empty lines do not keep a connection open.
+        self._unset_keepalive_if_required()
         self._in_message = self._in_head = True
         self._pending_bytes = 0
 
@@ -131,10 +128,6 @@ class HttpProtocol(HttpToolsProtocol):
             size = sum(len(name) + len(value) for name, value in self.headers)
             if len(self.url) + size + around > self._max_header_bytes:
                 raise self._head_too_large()
-        if b"%" in self.url and self.url.partition(b"?")[0][-3:].lower() == b"%0a":
-            # Starlette's routes end with `$`, which a line break passes: what asks for a path by
-            # name would take this for another one.
-            raise MalformedRequestError("the path of the request ends with a line break")
         upgrade = self.parser.should_upgrade()
         if upgrade and any(name in _OF_A_BODY for name, _ in self.headers):
             # The parser takes the body for the other protocol.
@@ -157,6 +150,18 @@ class HttpProtocol(HttpToolsProtocol):
         """Take note of the end of the request."""
         super().on_message_complete()
         self._in_message = False
+        self._stop_clock()
+        if self.cycle.response_complete:
+            # Before the end of the request, so that no other could begin until now.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_response_complete(self) -> None:
+        """Begin the next answer, or wait for the next request."""
+        super().on_response_complete()
+        if self._in_message:  # it is not waited for: what is being received has a clock of its own
+            self._unset_keepalive_if_required()
 
     def _head_too_large(self) -> HeadTooLargeError:
         return HeadTooLargeError(

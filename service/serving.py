@@ -28,7 +28,8 @@ from service.schemas import Status
 from service.settings import Settings, SettingsError, read_settings
 from service.supervised import Supervised
 
-# What is in flight when connections are ended may take so long.
+# What is in flight when connections are ended may take so long, whatever its deadline; then it is
+# cancelled.
 _FINISH_S = 10
 _LOOK_S = 0.02
 

@@ -42,7 +42,7 @@ _LAST_WORDS_S = 5.0
 # For those who connected before nobody may any more: accepted by then, and answered.
 _QUEUE_S = 0.1
 _LAST_CONNECTIONS_S = 1.0
-# Beyond what a worker gives its last requests.
+# A worker cancels its last requests well before: 10 s after their connections were to end.
 _FINISH_S = 15.0
 
 _log = logging.getLogger(__name__)
@@ -431,7 +431,7 @@ class Supervisor:
 
     def _let_leave(self, worker: _Worker, within_s: float) -> None:
         worker.leave(within_s)
-        # What it has in flight after that has hung for longer than any deadline.
+        # It has cancelled what was in flight, whatever its deadline: what is left hangs.
         asyncio.get_running_loop().call_later(within_s + _FINISH_S, worker.kill)
 
     async def _kill(self, workers: Iterable[_Worker]) -> None:

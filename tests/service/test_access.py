@@ -1,9 +1,11 @@
 """Who may ask what, over real HTTP."""
 
+import http.client
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +27,7 @@ from service.settings import Settings
 from tests.service.conftest import patient_settings
 from tests.service.dummy_model import DummyModel
 from tests.service.histories import NOW
-from tests.service.live_service import LiveService, live_service
+from tests.service.live_service import PATIENCE_S, LiveService, live_service
 from tests.service.logged import Logged
 from tests.service.problem_answers import assert_problem
 
@@ -109,25 +111,40 @@ def ask(service: LiveService, route: str, **headers: str) -> httpx.Response:
     )
 
 
-def paths_of(router: Any) -> Iterator[str]:
-    """Yield the paths that an application or a router of FastAPI's answers."""
+def routes_of(router: Any) -> Iterator[Mount | Route]:
+    """Yield what an application or a router of FastAPI's answers with."""
     for route in router.routes:
-        if isinstance(route, Mount):
-            yield f"{route.path}/"
-        elif isinstance(route, Route):
-            yield route.path
+        if isinstance(route, Mount | Route):
+            yield route
         else:
-            yield from paths_of(route.original_router)
+            yield from routes_of(route.original_router)
+
+
+def name_of(route: Mount | Route) -> str:
+    """Return the path of a route as `ROLES` writes it."""
+    if isinstance(route, Mount):
+        return f"{route.path}/"
+    return route.path.replace("{user_id:text}", "{user_id}")
+
+
+ROUTES = list(routes_of(create_app(Settings(bundle=Path("unused")), lambda _: DummyModel())))
+# What a path may be made of so that it is nearly a route's.
+PARTS = [*sorted(ROLES), "/users/", "/history", *"/;.?#a \0\r\n\v\x85\u2028"]
 
 
 class TestTable:
     def test_every_route_of_the_application_has_its_place(self):
-        app = create_app(Settings(bundle=Path("unused")), lambda _: DummyModel())
-        paths = set(paths_of(app))
-        paths = {path.replace("{user_id:text}", "{user_id}") for path in paths}
+        paths = {name_of(route) for route in ROUTES}
         assert {"/score", "/page/", "/metrics"} <= paths
         assert {path for path in paths if route_of(path) == "other"} == set()
         assert set(ROLES) - paths == {"/admin/", "other"}
+
+    @given(path=st.text() | st.lists(st.sampled_from(PARTS)).map("".join))
+    def test_what_answers_a_path_is_what_it_was_checked_as(self, path):
+        """But for a line break at its end, with which it is refused."""
+        if not path.endswith("\n"):
+            answering = [route for route in ROUTES if route.path_regex.match(path)]
+            assert {route_of(path)} >= {route_of(name_of(route)) for route in answering}
 
     def test_every_route_is_asked_by_these_tests(self):
         assert set(ROLES) - set(REQUESTS) == {"/admin/", "other"}
@@ -176,6 +193,21 @@ def test_what_nobody_has_thought_of_is_for_admins(guarded, keys, path):
     assert_problem(client.get(path, headers=bearer(keys.keys["score"])), 403, "forbidden")
     answer = client.get(path, headers=bearer(keys.keys["admin"]))
     assert answer.status_code in (404, 405)
+
+
+@pytest.mark.parametrize("kind", ["guarded", "service"])
+@pytest.mark.parametrize("ending", ["%0a", "%0A?x", "%0a#", "%0a#z", "%0a?x#z"])
+def test_a_path_that_ends_with_a_line_break_is_no_routes(request, keys, kind, ending):
+    """The patterns of Starlette's routes pass it."""
+    service = request.getfixturevalue(kind)
+    host, port = service.address
+    with closing(http.client.HTTPConnection(host, port, timeout=PATIENCE_S)) as connection:
+        for method, path, _ in [*REQUESTS.values(), ("GET", "/admin/status", None)]:
+            connection.request(method, path + ending, headers=bearer(keys.keys["admin"]))
+            answer = connection.getresponse()
+            problem = json.loads(answer.read())
+            assert (answer.status, problem["type"]) == (400, "urn:mneme:problem:malformed-request")
+            assert problem["detail"] == "the path ends with a line break, which no route's does"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,8 +19,9 @@ from tests.service.histories import NOW, records, steps
 from tests.service.live_service import PATIENCE_S, LiveService, wait_until
 from tests.service.problem_answers import assert_problem
 
-# An answer of some 400 kB: more than the buffers of a socket, where they are made small.
+# Answers of some 400 kB and 40 kB: more than the buffers of a socket, where they are made small.
 LARGE = b"GET /users/ann/history?limit=10000 HTTP/1.1\r\nHost: test\r\n%b\r\n"
+MEDIUM = b"GET /users/ann/history?limit=1000 HTTP/1.1\r\nHost: test\r\n\r\n"
 SMALL = [
     pytest.param(
         b"POST %b HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body),
@@ -32,6 +34,8 @@ SMALL = [
     ]
 ]
 N_BEHAVIORS = 10_000
+# In place of bytes: the client closes its side.
+EOF = None
 
 
 @contextmanager
@@ -52,6 +56,12 @@ def n_files() -> int:
 
 def n_open(service: LiveService) -> int:
     return len(service.server.server_state.connections)
+
+
+def waiting_bytes(service: LiveService) -> int:
+    """Return how much the sockets of all connections have not taken."""
+    connections: list[Any] = list(service.server.server_state.connections)
+    return sum(connection.transport.get_write_buffer_size() for connection in connections)
 
 
 class TestLimit:
@@ -100,7 +110,9 @@ class TestSlowReaders:
     def slow(self, serve, redis) -> LiveService:
         """A service that cuts them off soon, and whose sockets take little."""
         redis.set("history:ann", records(*steps(*range(1, N_BEHAVIORS + 1), start=NOW)))
-        service: LiveService = serve(answer_taken_s=0.5, explains=True)
+        service: LiveService = serve(
+            answer_taken_s=0.5, request_read_s=0.2, keep_alive_s=10 * PATIENCE_S, explains=True
+        )
         listening = service.server.servers[0].sockets[0].fileno()
         with socket.socket(fileno=os.dup(listening)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # theirs, too
@@ -125,6 +137,24 @@ class TestSlowReaders:
             received = read_all(connection)
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert received.count(b'"item_id"') < N_BEHAVIORS
+
+    @pytest.mark.parametrize("later", [b"", b"\r\n", b"GET /hea", b"noise\r\n", EOF], ids=repr)
+    def test_so_is_one_that_nearly_fits_whatever_is_sent_after_it(self, slow, later):
+        """The service closes the connection in most of the cases: that waits for the answer."""
+        with self.client(slow, MEDIUM) as connection:
+            wait_until(lambda: waiting_bytes(slow) > 0, "the answer does not fit")
+            assert waiting_bytes(slow) < 65_536
+            if later is EOF:
+                connection.shutdown(socket.SHUT_WR)
+            else:
+                connection.sendall(later)
+            wait_until(lambda: n_open(slow) == 0, "the connection is cut off")
+
+    def test_a_service_that_ends_waits_for_it_no_longer(self, slow):
+        with self.client(slow, MEDIUM):
+            wait_until(lambda: waiting_bytes(slow) > 0, "the answer does not fit")
+            slow.server.should_exit = True
+            wait_until(lambda: n_open(slow) == 0, "the connection is cut off")
 
     @pytest.mark.parametrize("request_bytes", SMALL)
     def test_so_are_small_ones_of_a_client_that_asks_again_and_again(self, slow, request_bytes):
