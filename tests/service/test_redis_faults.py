@@ -283,6 +283,49 @@ class TestConnections:
                 assert isinstance(one, HistoryUnavailableError)
                 assert await eventually(store, timeout_s=0.35)
 
+    async def test_as_many_calls_wait_at_once_as_are_made(self):
+        """Also more than redis-py's pools let pass by themselves, 100."""
+        with redis_process() as process:
+            async with open_store(process.url) as store:
+                process.send_signal(signal.SIGSTOP)
+                calls = [asyncio.create_task(store.fetch(["ann"], 8)) for _ in range(150)]
+                await asyncio.sleep(0.05)
+                process.send_signal(signal.SIGCONT)
+                assert await asyncio.gather(*calls) == [[b""]] * 150
+
+    async def test_a_bound_of_the_operators_is_no_failure_of_redis(self):
+        with redis_process() as process:
+            async with open_store(f"{process.url}?max_connections=2") as store:
+                process.send_signal(signal.SIGSTOP)
+                waiting = {asyncio.create_task(store.fetch(["ann"], 8)) for _ in range(20)}
+                while len(waiting) > 2:
+                    done, waiting = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+                    for call in done:
+                        (one,) = call.result()
+                        assert isinstance(one, HistoryUnavailableError)
+                        assert one.detail == "Redis did not answer: MaxConnectionsError"
+                assert store.counted(**BREAKER) == BreakerState.CLOSED
+                process.send_signal(signal.SIGCONT)
+                assert await asyncio.gather(*waiting) == [[b""]] * 2
+
+    async def test_those_who_ask_at_once_whether_it_answers_share_a_connection(self):
+        with redis_process() as process, Redis(port=process.port) as client:
+            async with open_store(process.url) as store:
+                assert await asyncio.gather(*(store.is_ready() for _ in range(50))) == [True] * 50
+                assert len(client.client_list()) == 2  # the test's own, and the one
+                process.stop()
+                assert not await store.is_ready()
+
+    async def test_one_who_leaves_while_others_ask_whether_it_answers_takes_nothing_from_them(self):
+        with redis_process() as process, Redis(port=process.port) as client:
+            async with open_store(process.url) as store:
+                client.execute_command("CLIENT PAUSE", 100)
+                first, second = (asyncio.create_task(store.is_ready()) for _ in range(2))
+                await asyncio.sleep(0.01)
+                first.cancel()
+                assert await second
+                assert first.cancelled()
+
 
 class TestPatience:
     async def test_it_is_up_at_its_time(self):
