@@ -121,7 +121,7 @@ class _Lane:
         self._opened: float | None = None
         self._connecting: set[asyncio.Task[AbstractConnection]] = set()
         self._releasing: set[asyncio.Task[None]] = set()
-        self.breaker = CircuitBreaker(on_change=self._tell)
+        self.breaker = self._new_breaker()
 
     async def exchange(self, commands: bytes, n_replies: int, until: float) -> list[Any]:
         """Send commands and return the replies, errors in their places, by a time of the loop.
@@ -146,7 +146,7 @@ class _Lane:
 
     async def rest(self) -> None:
         """Close what is open: there is nothing to ask for at present."""
-        self.breaker = CircuitBreaker(on_change=self._tell)
+        self.breaker = self._new_breaker()
         self._state.set(BreakerState.CLOSED)
         self._opened = None
         await self._pool.disconnect()
@@ -202,6 +202,15 @@ class _Lane:
             releasing = asyncio.ensure_future(self._pool.release(task.result()))
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
+
+    def _new_breaker(self) -> CircuitBreaker:
+        def tell(state: BreakerState, reason: str) -> None:
+            # A call that began before a rest still counts for the breaker of that time.
+            if breaker is self.breaker:
+                self._tell(state, reason)
+
+        breaker = CircuitBreaker(on_change=tell)
+        return breaker
 
     def _tell(self, state: BreakerState, reason: str) -> None:
         self._state.set(state)

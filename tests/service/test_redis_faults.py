@@ -9,13 +9,16 @@ from contextlib import contextmanager
 
 import pytest
 from redis import Redis
+from redis.asyncio import ConnectionPool
 
 from loadtest.redis_cluster import port_with_bus
 from loadtest.redis_server import RedisProcess, free_port, redis_process
 from service.breaker import MAX_FAILURES, BreakerState
 from service.errors import HistoryUnavailableError
 from service.history import Appended
-from service.redis_nodes import Patience
+from service.metrics import Metrics
+from service.redis_nodes import Patience, RedisNodes, _Lane, _OneNode
+from service.redis_url import read_redis_url
 from tests.service.dummy_model import score_of
 from tests.service.histories import NOW, records
 from tests.service.problem_answers import assert_retry
@@ -325,6 +328,29 @@ class TestConnections:
                 first.cancel()
                 assert await second
                 assert first.cancelled()
+
+
+class TestRest:
+    async def test_a_call_from_before_it_tells_nothing_of_the_node(self, logged):
+        """A node that has left the cluster would stay open for good."""
+        with silent() as url:
+            metrics = Metrics()
+            options = read_redis_url(url).async_options(timeout_s=0.2, password_file=None)
+            lane = _Lane("node", ConnectionPool(**options), connect_timeout_s=0.2, metrics=metrics)
+            nodes = RedisNodes(_OneNode(lane, None), timeout_s=0.2, metrics=metrics)
+            asked = [(None, (b"PING\r\n",))]
+            calls = [
+                asyncio.create_task(nodes.ask(asked, operation="fetch"))
+                for _ in range(MAX_FAILURES)
+            ]
+            await asyncio.sleep(0.01)
+            await lane.rest()
+            for (outcome,) in await asyncio.gather(*calls):
+                assert isinstance(outcome, HistoryUnavailableError)
+            state = metrics.registry.get_sample_value("mneme_redis_breaker_state", {"node": "node"})
+            assert state == BreakerState.CLOSED
+            await nodes.close()
+        assert logged.events("redis-away") == []
 
 
 class TestPatience:
