@@ -193,10 +193,10 @@ async def events(
 ) -> EventsAnswer:
     """Append one behavior, or many as `{"events": [...]}`.
 
-    Safe to repeat: a behavior (user, item, time) that stands among the user's newest 128 already
-    is not appended again. Give `time` where a call may be repeated: without it, the repetition is
-    another moment, and so another behavior. A call that fails may have served some users; repeat
-    it.
+    Safe to repeat: a behavior (user, item, time) that stands among the user's newest 128 already,
+    or among as many more as the call brings of the user, is not appended again. Give `time` where a
+    call may be repeated: without it, the repetition is another moment, and so another behavior. A
+    call that fails may have served some users; repeat it.
 
     With an `Idempotency-Key`, a new one for each call, a repetition appends nothing however long
     ago the first call was (an hour, unless the operator says otherwise), and gets the same

@@ -69,7 +69,8 @@ class TestAppend:
 
     def test_a_value_above_twice_the_kept_is_cut_to_the_newest(self, service, redis):
         behaviors = steps(*range(1, 2 * KEEP + 2))
-        service.events(*(("ann", *one) for one in behaviors[:-1]))
+        for half in (behaviors[:KEEP], behaviors[KEEP:-1]):
+            service.events(*(("ann", *one) for one in half))
         assert redis.get("history:ann") == records(*behaviors[:-1])
         service.events(("ann", *behaviors[-1]))
         assert redis.get("history:ann") == records(*behaviors[-KEEP:])
