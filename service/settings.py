@@ -19,7 +19,7 @@ from service.logs import Format, Level
 from service.redis_url import read_redis_url
 
 PREFIX = "MNEME_"
-_PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&]password=")
+_PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&][^=&]*password=")
 
 
 class SettingsError(ValueError):

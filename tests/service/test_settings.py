@@ -246,6 +246,8 @@ def test_a_value_that_is_not_allowed_is_refused_with_its_name(flags, message):
         "redis://:a-secret@redis:6379/0",
         "rediss://user:a-secret@redis",
         "redis://redis:6379/0?password=a-secret",
+        "redis+sentinel://h1,h2/mymaster?socket_timeout=1&sentinel_password=a-secret",
+        "rediss://redis?ssl_password=a-secret",
     ],
 )
 def test_a_password_in_a_flag_is_refused_and_not_repeated(url):
