@@ -60,8 +60,9 @@ class Settings(BaseSettings):
     )
     redis_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=0.25,
-        description="Seconds after which a call of Redis is given up; reading histories, after "
-        "half of the deadline for which they are read, where that is sooner.",
+        description="Seconds after which a call of Redis is given up; a read for scores, after "
+        "half of deadline_s, and one for a recommendation or an explanation, after half of "
+        "recommend_deadline_s, where that is sooner, whatever X-Deadline-Ms says.",
     )
     on_redis_failure: Literal["refuse", "cold"] = Field(
         default="refuse",
