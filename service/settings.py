@@ -258,13 +258,14 @@ def write_settings(settings: Settings) -> dict[str, str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """Give `parser` a flag for each setting (or those named)."""
+    """Give `parser` a flag for each setting (or those named); its help ends with the default."""
     for name, field in Settings.model_fields.items():
         if names is None or name in names:
+            default = "" if field.default is None else f" (default: {field.default})"
             parser.add_argument(
                 f"--{name.replace('_', '-')}",
                 dest=name,
                 default=argparse.SUPPRESS,
                 metavar="VALUE",
-                help=(field.description or "").replace("%", "%%"),
+                help=f"{field.description}{default}".replace("%", "%%"),
             )

@@ -44,6 +44,23 @@ def test_every_setting_is_a_flag_with_its_description_as_help(name):
     assert (Settings.model_fields[name].description or "") in text
 
 
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("deadline_s", "is refused. (default: 0.03)"),
+        ("redis_url", "with rediss+, too. (default: redis://127.0.0.1:6379/0)"),
+        ("max_batch_work", "history length. (default: 6400000)"),
+        ("anonymous", "keeps out whom it must. (default: False)"),
+        ("max_connections", "where the limit of open files is low."),
+        ("bundle", "the one arm is named main."),
+    ],
+)
+def test_the_help_ends_with_the_default_where_there_is_one(name, ending):
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
+    add_flags(parser, [name])
+    assert parser.format_help().rstrip().endswith(ending)
+
+
 def test_only_what_is_served_must_be_given():
     assert read_settings({"bundle": "b"}) == Settings(bundle=Path("b"))
     assert read_settings({"experiments": "e"}) == Settings(experiments=Path("e"))
