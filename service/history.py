@@ -18,6 +18,7 @@ from service.errors import (
 )
 from service.hash_tags import beside
 from service.redis_nodes import RedisNodes, Replies
+from service.settings import IDEMPOTENCY_PREFIX
 
 # A call posted again finds what it has appended while so many others, at most, have come since.
 DEDUPLICATION_BEHAVIORS = 128
@@ -25,9 +26,6 @@ _DEDUPLICATION_BYTES = RECORD_BYTES * DEDUPLICATION_BEHAVIORS
 
 # Life of an idempotency key unless the store is told another, in seconds.
 IDEMPOTENCY_LIFE_S = 3600.0
-# What idempotency keys stand under; no history does (`service.settings`).
-IDEMPOTENCY_PREFIX = "mneme-idempotency"
-
 FINGERPRINT_BYTES = 16
 
 _CORRUPT = -1

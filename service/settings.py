@@ -19,6 +19,8 @@ from service.logs import Format, Level
 from service.redis_url import read_redis_url
 
 PREFIX = "MNEME_"
+# What idempotency keys stand under in Redis, and no history.
+IDEMPOTENCY_PREFIX = "mneme-idempotency"
 _PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&][^=&]*password=")
 
 
@@ -218,6 +220,15 @@ class Settings(BaseSettings):
         if self.admin_port == self.port:
             raise ValueError(f"port and admin_port are both {self.port}; they must differ")
         return self
+
+    @field_validator("key_prefix")
+    @classmethod
+    def _is_a_prefix_of_histories(cls, prefix: str) -> str:
+        if f"{prefix}:".startswith(f"{IDEMPOTENCY_PREFIX}:"):
+            raise ValueError(
+                f"idempotency keys stand under {IDEMPOTENCY_PREFIX}:, expected another prefix"
+            )
+        return prefix
 
     @field_validator("redis_url")
     @classmethod

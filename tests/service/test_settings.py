@@ -234,6 +234,14 @@ def test_the_settings_above_are_none_of_the_defaults():
         pytest.param({"max_batch_work": "0"}, "max_batch_work: .* greater", id="no work"),
         pytest.param({"max_body_bytes": "1e3"}, "max_body_bytes: .* integer", id="float"),
         pytest.param({"key_prefix": ""}, "key_prefix: String should have", id="empty prefix"),
+        pytest.param(
+            {"key_prefix": "mneme-idempotency"},
+            "key_prefix: idempotency keys stand under mneme-idempotency:, expected another",
+            id="prefix of others",
+        ),
+        pytest.param(
+            {"key_prefix": "mneme-idempotency:shop"}, "key_prefix: .* another", id="below it"
+        ),
         pytest.param({"on_redis_failure": "warm"}, "on_redis_failure: .*'cold'", id="warm"),
         pytest.param({"log_level": "loud"}, "log_level: Input should be 'debug'", id="loud"),
         pytest.param({"log_format": "xml"}, "log_format: Input should be 'json'", id="format"),
