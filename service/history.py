@@ -107,9 +107,12 @@ class Idempotency:
     fingerprint: bytes
 
     @classmethod
-    def of(cls, key: str, body: bytes) -> "Idempotency":
-        """Return the key with the fingerprint of a body."""
-        return cls(key=key, fingerprint=_digest(body))
+    def of(cls, key: str, body: bytes, *, caller: str = "") -> "Idempotency":
+        """Return the key with the fingerprint of a body; those of other callers are other keys.
+
+        `caller`: the name of an API key, which has no spaces, or nothing where none is asked for.
+        """
+        return cls(key=f"{caller} {key}", fingerprint=_digest(body))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -271,6 +271,13 @@ class TestIdempotencyKey:
         outcome = await store.append({"ann": records((1, 11))}, idempotency=other)
         assert outcome == {"ann": Appended(count=1)}
 
+    async def test_the_same_key_of_another_caller_is_another_call(self, store, redis):
+        for item, caller in enumerate(("", "shop", "web"), start=1):
+            idempotency = Idempotency.of("one", b"body %d" % item, caller=caller)
+            outcome = await store.append({"ann": records((item, 10))}, idempotency=idempotency)
+            assert outcome == {"ann": Appended(count=1)}
+        assert redis.get(ANN) == records((1, 10), (2, 10), (3, 10))
+
     async def test_what_is_known_by_what_it_is_is_not_appended_with_a_key_either(self, store):
         await store.append({"ann": records((1, 10))})
         outcome = await store.append({"ann": records((1, 10), (2, 20))}, idempotency=ONE)
