@@ -80,16 +80,17 @@ class Access:
             self.apply(keys)
 
     def apply(self, keys: ApiKeys) -> None:
-        """Let these keys be known from now on, and no others."""
+        """Let these keys be known from now on, and no others; all of them, or none and an error."""
         kept = {caller.name: caller for _, caller in self._callers or ()}
-        for name in kept.keys() - keys.keys.keys():
-            self._metrics.api_key_expires.labels(name).set(0)
-        self._callers = []
+        callers = []
         for name, key in keys.keys.items():
             caller = kept.get(name)
             if caller is None or caller.key != key:  # what a caller has left stays as it is
                 caller = _Caller(name, key, self._metrics, n_workers=self._settings.workers)
-            self._callers.append((bytes.fromhex(key.sha256), caller))
+            callers.append((bytes.fromhex(key.sha256), caller))
+        self._callers = callers
+        for name in kept.keys() - keys.keys.keys():
+            self._metrics.api_key_expires.labels(name).set(0)
 
     def check(self, scope: Scope) -> None:
         """Raise what keeps a request from being answered."""

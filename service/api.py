@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import WithJsonSchema
 
 from contract.records import encode_records
+from service.access import KEY
 from service.arms import Arm
 from service.errors import (
     BodyTooLargeError,
@@ -193,14 +194,15 @@ async def events(
 ) -> EventsAnswer:
     """Append one behavior, or many as `{"events": [...]}`.
 
-    Safe to repeat: a behavior (user, item, time) that stands among the user's newest 128 already
-    is not appended again. Give `time` where a call may be repeated: without it, the repetition is
-    another moment, and so another behavior. A call that fails may have served some users; repeat
-    it.
+    Safe to repeat: a behavior (user, item, time) that stands among the user's newest 128 already,
+    or among as many more as the call brings of the user, is not appended again. Give `time` where a
+    call may be repeated: without it, the repetition is another moment, and so another behavior. A
+    call that fails may have served some users; repeat it.
 
     With an `Idempotency-Key`, a new one for each call, a repetition appends nothing however long
     ago the first call was (an hour, unless the operator says otherwise), and gets the same
-    answer; `time` may be left out. Another body under the same key is answered 422.
+    answer; `time` may be left out. Another body under the same key is answered 422. Where API keys
+    are asked for, callers with different ones may use the same `Idempotency-Key`.
     """
     services = services_of(request)
     now = int(time.time())
@@ -223,7 +225,11 @@ async def events(
             {user_id: encode_records(*behaviors) for user_id, behaviors in by_user.items()},
             idempotency=None
             if idempotency_key is None
-            else Idempotency.of(idempotency_key, body.model_dump_json().encode()),
+            else Idempotency.of(
+                idempotency_key,
+                body.model_dump_json().encode(),
+                caller=request.scope.get(KEY, ""),
+            ),
         )
     except HistoryUnavailableError:
         services.metrics.redis_failures.labels("append").inc()

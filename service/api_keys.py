@@ -37,6 +37,8 @@ Role = Literal["score", "events", "read", "metrics", "admin"]
 
 # Each request is compared with all of them.
 MAX_KEYS = 64
+# TOML promises no larger number.
+_MAX_BURST = 2**63 - 1
 # By it people and scanners of secrets recognise what has got where it should not be.
 KEY_PREFIX = "mneme_"
 _KEY_BYTES = 32
@@ -62,7 +64,7 @@ class ApiKey(BaseModel):
     roles: Annotated[frozenset[Role], Field(min_length=1, strict=False)]
     expires: AwareDatetime | None = None
     requests_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    burst: Annotated[int, Field(ge=1)] | None = None
+    burst: Annotated[int, Field(ge=1, le=_MAX_BURST)] | None = None
 
     @field_validator("expires", mode="before")
     @classmethod
@@ -118,7 +120,7 @@ def parse_keys(content: bytes, path: Path) -> ApiKeys:
         raise ApiKeysError(f"{path}: {reasons}") from None
     except UnicodeDecodeError:
         raise ApiKeysError(f"{path}: not TOML: not UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ApiKeysError(f"{path}: not TOML: {error}") from None
 
 

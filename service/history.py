@@ -18,52 +18,60 @@ from service.errors import (
 )
 from service.hash_tags import beside
 from service.redis_nodes import RedisNodes, Replies
+from service.settings import IDEMPOTENCY_PREFIX
 
-# A behavior posted again is found among so many newest ones, and not appended again.
+# A call posted again finds what it has appended while so many others, at most, have come since.
 DEDUPLICATION_BEHAVIORS = 128
 _DEDUPLICATION_BYTES = RECORD_BYTES * DEDUPLICATION_BEHAVIORS
 
 # Life of an idempotency key unless the store is told another, in seconds.
 IDEMPOTENCY_LIFE_S = 3600.0
-# What idempotency keys stand under; no history does, unless `key_prefix` is the same.
-IDEMPOTENCY_PREFIX = "mneme-idempotency"
-
 FINGERPRINT_BYTES = 16
 
 _CORRUPT = -1
 # KEYS[1] history, KEYS[2] what the idempotency key has done to it, if one came; ARGV: records to
-# append, bytes to keep, bytes in which to look for duplicates, fingerprint of the body, life of the
-# key in ms.
-# One function does all of it, so that a retry, a trim and an append never interleave. Returns the
-# records appended, and 1 where an earlier call has appended them.
+# append, bytes to keep, fingerprint of the body, life of the key in ms.
+# One function does all of it, so that a retry, a trim and an append never interleave. Of more
+# records than are kept the newest alone are appended: a repetition, which finds no others, would
+# put those before behind them. They count as new where all of the newest are. Returns how many
+# records were new, and 1 where they were so to an earlier call.
 _APPEND = f"""
 local length = redis.call('STRLEN', KEYS[1])
 if length % {RECORD_BYTES} ~= 0 then return {{{_CORRUPT}, 0}} end
 if KEYS[2] then
   local done = redis.call('GET', KEYS[2])
-  if done and string.sub(done, 1, {FINGERPRINT_BYTES}) == ARGV[4] then
+  if done and string.sub(done, 1, {FINGERPRINT_BYTES}) == ARGV[3] then
     return {{tonumber(string.sub(done, {FINGERPRINT_BYTES + 1})), 1}}
   end
 end
-local recent = redis.call('GETRANGE', KEYS[1], -tonumber(ARGV[3]), -1)
-local known, fresh = {{}}, {{}}
+local recent = redis.call('GETRANGE', KEYS[1], -(#ARGV[1] + {_DEDUPLICATION_BYTES}), -1)
+local known, met, posted = {{}}, {{}}, {{}}
 for i = 1, #recent, {RECORD_BYTES} do
   known[string.sub(recent, i, i + {RECORD_BYTES - 1})] = true
 end
 for i = 1, #ARGV[1], {RECORD_BYTES} do
   local record = string.sub(ARGV[1], i, i + {RECORD_BYTES - 1})
+  if not met[record] then
+    met[record] = true
+    posted[#posted + 1] = record
+  end
+end
+local keep = tonumber(ARGV[2])
+local first = math.max(1, #posted - keep / {RECORD_BYTES} + 1)
+local fresh, before = {{}}, 0
+for i, record in ipairs(posted) do
   if not known[record] then
-    known[record] = true
-    fresh[#fresh + 1] = record
+    if i < first then before = before + 1 else fresh[#fresh + 1] = record end
   end
 end
 if #fresh > 0 then length = redis.call('APPEND', KEYS[1], table.concat(fresh)) end
-local keep = tonumber(ARGV[2])
 if length > 2 * keep then
   redis.call('SET', KEYS[1], redis.call('GETRANGE', KEYS[1], -keep, -1), 'KEEPTTL')
 end
-if KEYS[2] then redis.call('SET', KEYS[2], ARGV[4] .. #fresh, 'PX', ARGV[5]) end
-return {{#fresh, 0}}
+local new = #fresh
+if first + new > #posted then new = new + before end
+if KEYS[2] then redis.call('SET', KEYS[2], ARGV[3] .. new, 'PX', ARGV[4]) end
+return {{new, 0}}
 """
 # KEYS[1] idempotency key; ARGV: fingerprint of the body, life in ms. Returns whether it is the
 # key's own.
@@ -99,9 +107,12 @@ class Idempotency:
     fingerprint: bytes
 
     @classmethod
-    def of(cls, key: str, body: bytes) -> "Idempotency":
-        """Return the key with the fingerprint of a body."""
-        return cls(key=key, fingerprint=_digest(body))
+    def of(cls, key: str, body: bytes, *, caller: str = "") -> "Idempotency":
+        """Return the key with the fingerprint of a body; those of other callers are other keys.
+
+        `caller`: the name of an API key, which has no spaces, or nothing where none is asked for.
+        """
+        return cls(key=f"{caller} {key}", fingerprint=_digest(body))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +206,10 @@ class HistoryStore:
     ) -> dict[str, Appended | CorruptHistoryError]:
         """Append records to each user's history; return how many were new, or the error.
 
-        A record that stands among the user's newest 128 already is not appended again, so a
-        failed call can be repeated. With `idempotency`, a call with the same key and the same
-        fingerprint appends nothing where an earlier one has appended, and returns what that did.
+        A record that stands among the user's newest 128 already, or among as many more as the call
+        brings, is not appended again, so a failed call can be repeated. With `idempotency`, a call
+        with the same key and the same fingerprint appends nothing where an earlier one has
+        appended, and returns what that did.
 
         Raises HistoryUnavailableError when Redis does not answer or refuses to write; then some
         users may have been served. Raises IdempotencyKeyReusedError, before anything is appended,
@@ -209,7 +221,7 @@ class HistoryStore:
         for user_id, raw in records.items():
             key = history_key(self._prefix, user_id)
             keys = [key]
-            arguments: list[bytes | int] = [raw, RECORD_BYTES * self._keep, _DEDUPLICATION_BYTES]
+            arguments: list[bytes | int] = [raw, RECORD_BYTES * self._keep]
             if idempotency is not None:
                 keys.append(_key_beside(key, idempotency.key))
                 arguments += [idempotency.fingerprint, self._life_ms]

@@ -42,18 +42,21 @@ class KeyWatch:
             if content == self._seen and self.refused is None:
                 return
             keys = parse_keys(content, self._path)
+            self._apply(keys)
         except ApiKeysError as error:
             self._refuse(str(error))
             return
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next look must come
+            self._refuse(f"{self._path}: unexpected {type(error).__name__}", error=error)
+            return
         is_change = self._seen is not None or self.refused is not None
         self._seen, self.refused = content, None
-        self._apply(keys)
         if is_change:
             self._metrics.api_keys_reloads.labels("applied").inc()
             log_event(_log, logging.INFO, "api-keys-applied", keys=sorted(keys.keys))
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, *, error: Exception | None = None) -> None:
         if reason != self.refused:  # a file that is away is away at every look
             self.refused = reason
             self._metrics.api_keys_reloads.labels("refused").inc()
-            log_event(_log, logging.ERROR, "api-keys-refused", reason=reason)
+            log_event(_log, logging.ERROR, "api-keys-refused", error=error, reason=reason)

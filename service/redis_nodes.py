@@ -31,6 +31,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
+    MaxConnectionsError,
     MovedError,
     ReadOnlyError,
     RedisClusterException,
@@ -60,6 +61,8 @@ Replies = list[Any] | HistoryUnavailableError
 _MAX_REPETITIONS = 2
 # A repetition waits for a random part of so long, and the second for twice as much.
 _PAUSE_S: Mapping[Operation, float] = {"fetch": 0.002, "append": 0.02}
+# Each call takes a connection of its own: who calls bounds their number. redis-py would, at 100.
+_MAX_CONNECTIONS = 2**31
 # A slot that moves answers by redirections; two that move at once need some of them.
 _MAX_REDIRECTIONS = 8
 # Between two looks at a cluster's topology.
@@ -118,7 +121,7 @@ class _Lane:
         self._opened: float | None = None
         self._connecting: set[asyncio.Task[AbstractConnection]] = set()
         self._releasing: set[asyncio.Task[None]] = set()
-        self.breaker = CircuitBreaker(on_change=self._tell)
+        self.breaker = self._new_breaker()
 
     async def exchange(self, commands: bytes, n_replies: int, until: float) -> list[Any]:
         """Send commands and return the replies, errors in their places, by a time of the loop.
@@ -143,7 +146,7 @@ class _Lane:
 
     async def rest(self) -> None:
         """Close what is open: there is nothing to ask for at present."""
-        self.breaker = CircuitBreaker(on_change=self._tell)
+        self.breaker = self._new_breaker()
         self._state.set(BreakerState.CLOSED)
         self._opened = None
         await self._pool.disconnect()
@@ -199,6 +202,15 @@ class _Lane:
             releasing = asyncio.ensure_future(self._pool.release(task.result()))
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
+
+    def _new_breaker(self) -> CircuitBreaker:
+        def tell(state: BreakerState, reason: str) -> None:
+            # A call that began before a rest still counts for the breaker of that time.
+            if breaker is self.breaker:
+                self._tell(state, reason)
+
+        breaker = CircuitBreaker(on_change=tell)
+        return breaker
 
     def _tell(self, state: BreakerState, reason: str) -> None:
         self._state.set(state)
@@ -361,6 +373,7 @@ class RedisNodes:
         self._retries = {
             operation: metrics.redis_retries.labels(operation) for operation in _PAUSE_S
         }
+        self._pinging: asyncio.Task[bool] | None = None
 
     async def ask(
         self, asked: Sequence[Asked], *, operation: Operation, timeout_s: float = math.inf
@@ -412,15 +425,23 @@ class RedisNodes:
         return outcome
 
     async def is_up(self) -> bool:
-        """Return whether Redis answers: any of its nodes."""
+        """Return whether Redis answers: any of its nodes. Who asks meanwhile hears the same."""
+        if self._pinging is None or self._pinging.done():
+            self._pinging = asyncio.create_task(self._ping())
+        return await asyncio.shield(self._pinging)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._pinging is not None:
+            self._pinging.cancel()
+            await asyncio.gather(self._pinging, return_exceptions=True)
+        await self._topology.close()
+
+    async def _ping(self) -> bool:
         until = asyncio.get_running_loop().time() + self._timeout_s
         if not self._topology.lanes():
             await self._topology.find(until)
         return any(await _gathered([_is_up(lane, until) for lane in self._topology.lanes()]))
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._topology.close()
 
     async def _ask_lane(
         self,
@@ -466,8 +487,8 @@ class RedisNodes:
             breaker.succeeded()
             return outcome
         self._topology.suspect()
-        if isinstance(outcome, ReadOnlyError):
-            breaker.gave_up()  # it can be read
+        if isinstance(outcome, ReadOnlyError | MaxConnectionsError):
+            breaker.gave_up()  # it can be read; Redis was not even asked
         else:
             breaker.failed(type(outcome).__name__)
         return HistoryUnavailableError(f"Redis did not answer: {type(outcome).__name__}")
@@ -521,7 +542,10 @@ def connect(
 
         metrics = Metrics()
     address = read_redis_url(url)
-    options = address.async_options(timeout_s=timeout_s, password_file=password_file)
+    options = {
+        "max_connections": _MAX_CONNECTIONS,
+        **address.async_options(timeout_s=timeout_s, password_file=password_file),
+    }
     topology: _OneNode | _Cluster
     if address.kind == "cluster":
         options.pop("db", None)

@@ -36,6 +36,7 @@ _KINDS: dict[str, Kind] = {
 }
 _DEFAULT_PORTS = {"sentinel": 26379, "cluster": 6379}
 _HOST = re.compile(r"(?P<name>[^][:@/,]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
+_SHARED_OPTIONS = frozenset({"retry", "protocol", "driver_info", "max_connections"})
 _SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 
 
@@ -162,12 +163,13 @@ def sentinel_options(
     address: RedisAddress, options: dict[str, Any], *, tls: bool
 ) -> dict[str, Any]:
     """Return the options of connections to sentinels, of those to the primary: what is said of
-    sockets and of TLS, and credentials of their own.
+    sockets, of TLS and of their number (each to the primary may need one), and credentials of their
+    own.
     """
     shared = {
         name: value
         for name, value in options.items()
-        if name.startswith(("socket_", "ssl_")) or name in ("retry", "protocol", "driver_info")
+        if name.startswith(("socket_", "ssl_")) or name in _SHARED_OPTIONS
     }
     return {**shared, **address.sentinel_options, "ssl": tls}
 

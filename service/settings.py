@@ -19,7 +19,9 @@ from service.logs import Format, Level
 from service.redis_url import read_redis_url
 
 PREFIX = "MNEME_"
-_PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&]password=")
+# What idempotency keys stand under in Redis, and no history.
+IDEMPOTENCY_PREFIX = "mneme-idempotency"
+_PASSWORD = re.compile(r"://[^/]*:[^/]+@|[?&][^=&]*password=")
 
 
 class SettingsError(ValueError):
@@ -60,8 +62,9 @@ class Settings(BaseSettings):
     )
     redis_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=0.25,
-        description="Seconds after which a call of Redis is given up; reading histories, after "
-        "half of the deadline for which they are read, where that is sooner.",
+        description="Seconds after which a call of Redis is given up; a read for scores, after "
+        "half of deadline_s, and one for a recommendation or an explanation, after half of "
+        "recommend_deadline_s, where that is sooner, whatever X-Deadline-Ms says.",
     )
     on_redis_failure: Literal["refuse", "cold"] = Field(
         default="refuse",
@@ -218,6 +221,15 @@ class Settings(BaseSettings):
             raise ValueError(f"port and admin_port are both {self.port}; they must differ")
         return self
 
+    @field_validator("key_prefix")
+    @classmethod
+    def _is_a_prefix_of_histories(cls, prefix: str) -> str:
+        if f"{prefix}:".startswith(f"{IDEMPOTENCY_PREFIX}:"):
+            raise ValueError(
+                f"idempotency keys stand under {IDEMPOTENCY_PREFIX}:, expected another prefix"
+            )
+        return prefix
+
     @field_validator("redis_url")
     @classmethod
     def _is_a_redis_url(cls, url: str) -> str:
@@ -257,13 +269,14 @@ def write_settings(settings: Settings) -> dict[str, str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """Give `parser` a flag for each setting (or those named)."""
+    """Give `parser` a flag for each setting (or those named); its help ends with the default."""
     for name, field in Settings.model_fields.items():
         if names is None or name in names:
+            default = "" if field.default is None else f" (default: {field.default})"
             parser.add_argument(
                 f"--{name.replace('_', '-')}",
                 dest=name,
                 default=argparse.SUPPRESS,
                 metavar="VALUE",
-                help=(field.description or "").replace("%", "%%"),
+                help=f"{field.description}{default}".replace("%", "%%"),
             )

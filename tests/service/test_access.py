@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from starlette.routing import Mount, Route
 
 from loadtest.redis_server import free_port
-from service.access import ROLES, Access, TokenBucket, route_of
+from service.access import KEY, ROLES, Access, TokenBucket, route_of
 from service.api_keys import ApiKeys, Role, described, make_key, parse_keys
 from service.app import create_app
 from service.errors import ServiceError
@@ -299,6 +299,21 @@ def test_it_is_told_when_keys_expire_and_which_are_gone():
     assert (expires("old"), expires("forever")) == (86_400, 0)
     access.apply(known(new=date(1970, 1, 3), forever=None))
     assert (expires("old"), expires("new")) == (0, 2 * 86_400)
+
+
+def test_keys_that_cannot_be_applied_leave_all_that_were_known():
+    key = make_key()
+    text = described("a", key, roles=["score"])
+    text += described("b", make_key(), roles=["score"], requests_per_s=1.0)
+    keys = parse_keys(text.encode(), Path("keys.toml"))
+    access = Access(Settings(bundle=Path("unused")), Metrics(), keys)
+    impossible = keys.keys["b"].model_copy(update={"burst": 10**400})  # no file may say so
+    with pytest.raises(OverflowError):
+        access.apply(ApiKeys.model_construct(keys={"b": impossible}))
+    authorization = (b"authorization", f"Bearer {key}".encode())
+    scope = {"path": "/score", "headers": [authorization]}
+    access.check(scope)
+    assert scope[KEY] == "a"
 
 
 class TestRateLimit:

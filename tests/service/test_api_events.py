@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.api_keys import described, make_key
 from service.schemas import MAX_EVENTS
 from tests.service.dummy_model import HISTORY_LENGTH as KEEP
 from tests.service.dummy_model import score_of
@@ -69,7 +70,8 @@ class TestAppend:
 
     def test_a_value_above_twice_the_kept_is_cut_to_the_newest(self, service, redis):
         behaviors = steps(*range(1, 2 * KEEP + 2))
-        service.events(*(("ann", *one) for one in behaviors[:-1]))
+        for half in (behaviors[:KEEP], behaviors[KEEP:-1]):
+            service.events(*(("ann", *one) for one in half))
         assert redis.get("history:ann") == records(*behaviors[:-1])
         service.events(("ann", *behaviors[-1]))
         assert redis.get("history:ann") == records(*behaviors[-KEEP:])
@@ -133,6 +135,25 @@ class TestIdempotencyKey:
         problem = assert_problem(answer, 422, "idempotency-key-reused")
         assert problem["detail"].startswith("Idempotency-Key: it came with another body")
         assert redis.get("history:bob") is None
+
+    def test_callers_with_different_api_keys_may_number_alike(self, serve, tmp_path, redis):
+        callers = {name: make_key() for name in ("shop", "web")}
+        path = tmp_path / "keys.toml"
+        path.write_text("".join(described(*one, roles=["events"]) for one in callers.items()))
+        service = serve(api_keys=path)
+
+        def post(caller: str, item: int) -> Any:
+            return service.client.post(
+                "/events",
+                json={"user_id": "ann", "item_id": item},
+                headers={"Idempotency-Key": "1", "Authorization": f"Bearer {callers[caller]}"},
+            )
+
+        assert [outcome(post("shop", 1)), outcome(post("web", 2))] == [(1, 0)] * 2
+        assert redis.strlen("history:ann") == 24
+        assert [outcome(post("shop", 1)), outcome(post("web", 2))] == [(1, 0)] * 2
+        assert redis.strlen("history:ann") == 24
+        assert_problem(post("shop", 2), 422, "idempotency-key-reused")
 
     def test_white_space_and_order_are_no_other_body(self, service, post, redis):
         assert outcome(post("k", {"user_id": "ann", "item_id": 1})) == (1, 0)

@@ -92,6 +92,10 @@ def test_a_key_may_have_a_rate():
         ),
         pytest.param(KEY + "requests_per_s = 0.0", "requests_per_s: .* greater", id="no rate"),
         pytest.param(KEY + "requests_per_s = inf", "requests_per_s: .* finite", id="any rate"),
+        pytest.param(
+            f"{KEY}requests_per_s = 1.0\nburst = 1{'0' * 400}", "burst: .* less", id="any burst"
+        ),
+        pytest.param(KEY + "burst = 1" + "0" * 5000, "not TOML: .* digits", id="long number"),
         pytest.param(KEY + "burst = 1", "keys.shop: burst says something only", id="burst alone"),
         pytest.param(
             KEY + KEY.replace("shop", "web"), "keys: shop and web are the same key", id="twice"

@@ -117,9 +117,9 @@ class TestAppend:
             "bob": Appended(count=1),
         }
 
-    async def test_a_repetition_is_found_among_the_newest_128_only(self, redis_url):
+    async def test_a_repetition_is_found_while_at_most_128_others_have_come_since(self, redis_url):
         """The stated limit of idempotence."""
-        later = steps(*range(2, 2 + 128))
+        later = steps(*range(2, 2 + 129))
         async with open_store(redis_url, keep=1000) as store:
             await store.append({"ann": records((1, 10))})
             await store.append({"ann": records(*later[:-1])})
@@ -127,15 +127,49 @@ class TestAppend:
             await store.append({"ann": records(later[-1])})
             assert await store.append({"ann": records((1, 10))}) == {"ann": Appended(count=1)}
 
+    @pytest.mark.parametrize("is_cut", [False, True], ids=["of a new user", "and is cut"])
+    @pytest.mark.parametrize("keep", [50, 300, 600, 1000])
+    async def test_a_repetition_of_a_thousand_changes_nothing(self, redis_url, redis, keep, is_cut):
+        posted = records(*steps(*range(1, 1001)))
+        async with open_store(redis_url, keep=keep) as store:
+            for time in (10, 20) if is_cut else ():
+                await store.append({"ann": records(*((item, time) for item in range(1, keep + 1)))})
+            assert await store.append({"ann": posted}) == {"ann": Appended(count=1000)}
+            assert redis.get(ANN) == posted[-12 * keep :]
+            for _ in range(2):
+                assert await store.append({"ann": posted}) == {"ann": Appended(count=0)}
+            assert redis.get(ANN) == posted[-12 * keep :]
+
+    async def test_a_repetition_of_a_thousand_is_found_behind_128_others(self, redis_url, redis):
+        posted = records(*steps(*range(1, 1001)))
+        others = records(*((item, 10) for item in range(1, 129)))
+        async with open_store(redis_url, keep=1000) as store:
+            await store.append({"ann": posted})
+            await store.append({"ann": others})
+            assert await store.append({"ann": posted}) == {"ann": Appended(count=0)}
+        assert redis.get(ANN) == posted + others
+
+    async def test_what_is_new_to_a_thousand_is_appended_where_fewer_are_kept(
+        self, redis_url, redis
+    ):
+        behaviors = steps(*range(1, 1011))
+        async with open_store(redis_url, keep=50) as store:
+            await store.append({"ann": records(*behaviors[:1000])})
+            outcome = await store.append({"ann": records(*behaviors[10:])})
+        assert outcome == {"ann": Appended(count=10)}
+        assert redis.get(ANN) == records(*behaviors[-60:])
+
     async def test_twice_what_is_kept_is_not_cut(self, store, redis):
         behaviors = records(*steps(*range(1, 2 * KEEP + 1)))
-        await store.append({"ann": behaviors})
+        await store.append({"ann": behaviors[: 12 * KEEP]})
+        await store.append({"ann": behaviors[12 * KEEP :]})
         assert redis.get(ANN) == behaviors
         assert await store.fetch(["ann"], store.longest) == [behaviors]
 
     async def test_more_than_twice_is_cut_to_the_newest_kept(self, store, redis):
         behaviors = steps(*range(1, 2 * KEEP + 2))
-        await store.append({"ann": records(*behaviors[:-1])})
+        await store.append({"ann": records(*behaviors[:KEEP])})
+        await store.append({"ann": records(*behaviors[KEEP:-1])})
         assert await store.append({"ann": records(behaviors[-1])}) == {"ann": Appended(count=1)}
         assert redis.get(ANN) == records(*behaviors[-KEEP:])
 
@@ -148,7 +182,10 @@ class TestAppend:
 
     async def test_expiry_outlives_append_and_cut(self, store, redis):
         redis.set(ANN, records((1, 10)), ex=1000)
-        await store.append({"ann": records(*steps(*range(1, 3 * KEEP)))})
+        for time in (20, 30):
+            behaviors = ((item, time) for item in range(1, KEEP + 1))
+            await store.append({"ann": records(*behaviors)})
+        assert redis.strlen(ANN) == 12 * KEEP
         assert 0 < redis.ttl(ANN) <= 1000
 
     @pytest.mark.parametrize("value", [b"x", records((1, 10)) + b"half"], ids=["short", "half"])
@@ -233,6 +270,13 @@ class TestIdempotencyKey:
         other = Idempotency.of("two", b"the body")
         outcome = await store.append({"ann": records((1, 11))}, idempotency=other)
         assert outcome == {"ann": Appended(count=1)}
+
+    async def test_the_same_key_of_another_caller_is_another_call(self, store, redis):
+        for item, caller in enumerate(("", "shop", "web"), start=1):
+            idempotency = Idempotency.of("one", b"body %d" % item, caller=caller)
+            outcome = await store.append({"ann": records((item, 10))}, idempotency=idempotency)
+            assert outcome == {"ann": Appended(count=1)}
+        assert redis.get(ANN) == records((1, 10), (2, 10), (3, 10))
 
     async def test_what_is_known_by_what_it_is_is_not_appended_with_a_key_either(self, store):
         await store.append({"ann": records((1, 10))})

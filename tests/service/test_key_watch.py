@@ -24,9 +24,12 @@ class Watched:
         self.path = path
         self.metrics = Metrics()
         self.applied: list[list[str]] = []
+        self.fault: Exception | None = None
         self.watch = KeyWatch(path, apply=self._apply, metrics=self.metrics)
 
     def _apply(self, keys: ApiKeys) -> None:
+        if self.fault is not None:
+            raise self.fault
         self.applied.append(sorted(keys.keys))
 
     def count(self, outcome: str) -> float | None:
@@ -78,7 +81,9 @@ async def test_a_change_is_applied_counted_and_told_by_names(watched, logged):
 
 
 @pytest.mark.parametrize(
-    "broken", [b"", b"[keys.one]\n", b"\xff", None], ids=["empty", "half", "bytes", "away"]
+    "broken",
+    [b"", b"[keys.one]\n", b"\xff", b"x = 1" + b"0" * 5000, None],
+    ids=["empty", "half", "bytes", "long number", "away"],
 )
 async def test_a_broken_file_changes_nothing_and_is_told_once(watched, logged, broken):
     await watched.watch.look()
@@ -100,6 +105,25 @@ async def test_a_broken_file_changes_nothing_and_is_told_once(watched, logged, b
     assert watched.applied == [["one"], ["one"]]
     assert (watched.count("applied"), watched.refused) == (1, 0)
     assert watched.watch.refused is None
+
+
+async def test_a_fault_of_the_service_is_told_once_with_its_trace_and_the_watch_goes_on(
+    watched, logged
+):
+    await watched.watch.look()
+    watched.path.write_text(watched.path.read_text() + lines("two", make_key()))
+    watched.fault = OverflowError("of something")
+    for _ in range(3):
+        await watched.watch.look()
+    assert (watched.count("refused"), watched.refused) == (1, 1)
+    (event,) = logged.events("api-keys-refused")
+    assert event["reason"] == f"{watched.path}: unexpected OverflowError"
+    assert "_apply" in event["traceback"]
+
+    watched.fault = None
+    await watched.watch.look()
+    assert watched.applied == [["one"], ["one", "two"]]
+    assert (watched.count("applied"), watched.refused) == (1, 0)
 
 
 def test_keys_are_rotated_while_the_service_answers(serve, tmp_path):

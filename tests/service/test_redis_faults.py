@@ -9,13 +9,16 @@ from contextlib import contextmanager
 
 import pytest
 from redis import Redis
+from redis.asyncio import ConnectionPool
 
 from loadtest.redis_cluster import port_with_bus
 from loadtest.redis_server import RedisProcess, free_port, redis_process
 from service.breaker import MAX_FAILURES, BreakerState
 from service.errors import HistoryUnavailableError
 from service.history import Appended
-from service.redis_nodes import Patience
+from service.metrics import Metrics
+from service.redis_nodes import Patience, RedisNodes, _Lane, _OneNode
+from service.redis_url import read_redis_url
 from tests.service.dummy_model import score_of
 from tests.service.histories import NOW, records
 from tests.service.problem_answers import assert_retry
@@ -282,6 +285,72 @@ class TestConnections:
                 (one,) = await store.fetch(["ann"], 8, timeout_s=0.1)
                 assert isinstance(one, HistoryUnavailableError)
                 assert await eventually(store, timeout_s=0.35)
+
+    async def test_as_many_calls_wait_at_once_as_are_made(self):
+        """Also more than redis-py's pools let pass by themselves, 100."""
+        with redis_process() as process:
+            async with open_store(process.url) as store:
+                process.send_signal(signal.SIGSTOP)
+                calls = [asyncio.create_task(store.fetch(["ann"], 8)) for _ in range(150)]
+                await asyncio.sleep(0.05)
+                process.send_signal(signal.SIGCONT)
+                assert await asyncio.gather(*calls) == [[b""]] * 150
+
+    async def test_a_bound_of_the_operators_is_no_failure_of_redis(self):
+        with redis_process() as process:
+            async with open_store(f"{process.url}?max_connections=2") as store:
+                process.send_signal(signal.SIGSTOP)
+                waiting = {asyncio.create_task(store.fetch(["ann"], 8)) for _ in range(20)}
+                while len(waiting) > 2:
+                    done, waiting = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+                    for call in done:
+                        (one,) = call.result()
+                        assert isinstance(one, HistoryUnavailableError)
+                        assert one.detail == "Redis did not answer: MaxConnectionsError"
+                assert store.counted(**BREAKER) == BreakerState.CLOSED
+                process.send_signal(signal.SIGCONT)
+                assert await asyncio.gather(*waiting) == [[b""]] * 2
+
+    async def test_those_who_ask_at_once_whether_it_answers_share_a_connection(self):
+        with redis_process() as process, Redis(port=process.port) as client:
+            async with open_store(process.url) as store:
+                assert await asyncio.gather(*(store.is_ready() for _ in range(50))) == [True] * 50
+                assert len(client.client_list()) == 2  # the test's own, and the one
+                process.stop()
+                assert not await store.is_ready()
+
+    async def test_one_who_leaves_while_others_ask_whether_it_answers_takes_nothing_from_them(self):
+        with redis_process() as process, Redis(port=process.port) as client:
+            async with open_store(process.url) as store:
+                client.execute_command("CLIENT PAUSE", 100)
+                first, second = (asyncio.create_task(store.is_ready()) for _ in range(2))
+                await asyncio.sleep(0.01)
+                first.cancel()
+                assert await second
+                assert first.cancelled()
+
+
+class TestRest:
+    async def test_a_call_from_before_it_tells_nothing_of_the_node(self, logged):
+        """A node that has left the cluster would stay open for good."""
+        with silent() as url:
+            metrics = Metrics()
+            options = read_redis_url(url).async_options(timeout_s=0.2, password_file=None)
+            lane = _Lane("node", ConnectionPool(**options), connect_timeout_s=0.2, metrics=metrics)
+            nodes = RedisNodes(_OneNode(lane, None), timeout_s=0.2, metrics=metrics)
+            asked = [(None, (b"PING\r\n",))]
+            calls = [
+                asyncio.create_task(nodes.ask(asked, operation="fetch"))
+                for _ in range(MAX_FAILURES)
+            ]
+            await asyncio.sleep(0.01)
+            await lane.rest()
+            for (outcome,) in await asyncio.gather(*calls):
+                assert isinstance(outcome, HistoryUnavailableError)
+            state = metrics.registry.get_sample_value("mneme_redis_breaker_state", {"node": "node"})
+            assert state == BreakerState.CLOSED
+            await nodes.close()
+        assert logged.events("redis-away") == []
 
 
 class TestPatience:

@@ -7,7 +7,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError
 
 from service.backfill import blocking_client
-from service.redis_url import PasswordFile, read_redis_url
+from service.redis_url import PasswordFile, read_redis_url, sentinel_options
 
 SECRET = "s3cret"
 SENTINELS = (("h1", 26379), ("h2", 5))
@@ -55,6 +55,14 @@ def test_sentinels_have_credentials_of_their_own():
     assert address.sentinel_options == {"username": "bob", "password": "two"}
     found = address.async_options(timeout_s=0.5, password_file=None)
     assert (found["username"], found["password"], found["db"]) == ("ann", "one", 3)
+
+
+def test_sentinels_may_be_asked_for_each_connection_to_the_primary_at_once():
+    address = read_redis_url("redis+sentinel://ann:one@h/my?max_connections=7&socket_timeout=2")
+    found = address.async_options(timeout_s=0.5, password_file=None)
+    asked = sentinel_options(address, found, tls=False)
+    assert (asked["max_connections"], asked["socket_timeout"]) == (7, 2.0)
+    assert not {"username", "password"} & set(asked)
 
 
 @pytest.mark.parametrize(

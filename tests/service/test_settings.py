@@ -44,6 +44,23 @@ def test_every_setting_is_a_flag_with_its_description_as_help(name):
     assert (Settings.model_fields[name].description or "") in text
 
 
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("deadline_s", "is refused. (default: 0.03)"),
+        ("redis_url", "with rediss+, too. (default: redis://127.0.0.1:6379/0)"),
+        ("max_batch_work", "history length. (default: 6400000)"),
+        ("anonymous", "keeps out whom it must. (default: False)"),
+        ("max_connections", "where the limit of open files is low."),
+        ("bundle", "the one arm is named main."),
+    ],
+)
+def test_the_help_ends_with_the_default_where_there_is_one(name, ending):
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
+    add_flags(parser, [name])
+    assert parser.format_help().rstrip().endswith(ending)
+
+
 def test_only_what_is_served_must_be_given():
     assert read_settings({"bundle": "b"}) == Settings(bundle=Path("b"))
     assert read_settings({"experiments": "e"}) == Settings(experiments=Path("e"))
@@ -217,6 +234,14 @@ def test_the_settings_above_are_none_of_the_defaults():
         pytest.param({"max_batch_work": "0"}, "max_batch_work: .* greater", id="no work"),
         pytest.param({"max_body_bytes": "1e3"}, "max_body_bytes: .* integer", id="float"),
         pytest.param({"key_prefix": ""}, "key_prefix: String should have", id="empty prefix"),
+        pytest.param(
+            {"key_prefix": "mneme-idempotency"},
+            "key_prefix: idempotency keys stand under mneme-idempotency:, expected another",
+            id="prefix of others",
+        ),
+        pytest.param(
+            {"key_prefix": "mneme-idempotency:shop"}, "key_prefix: .* another", id="below it"
+        ),
         pytest.param({"on_redis_failure": "warm"}, "on_redis_failure: .*'cold'", id="warm"),
         pytest.param({"log_level": "loud"}, "log_level: Input should be 'debug'", id="loud"),
         pytest.param({"log_format": "xml"}, "log_format: Input should be 'json'", id="format"),
@@ -246,6 +271,8 @@ def test_a_value_that_is_not_allowed_is_refused_with_its_name(flags, message):
         "redis://:a-secret@redis:6379/0",
         "rediss://user:a-secret@redis",
         "redis://redis:6379/0?password=a-secret",
+        "redis+sentinel://h1,h2/mymaster?socket_timeout=1&sentinel_password=a-secret",
+        "rediss://redis?ssl_password=a-secret",
     ],
 )
 def test_a_password_in_a_flag_is_refused_and_not_repeated(url):
