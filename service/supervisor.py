@@ -335,23 +335,30 @@ class Supervisor:
                     await self._asked.wait()
             asked = self._asked.is_set()
             self._asked.clear()
-            began = time.monotonic()
-            try:
-                wanted = await asyncio.to_thread(read_wanted, self._settings)
-                if asked or wanted.fingerprint not in (self._tried, self._fingerprint):
-                    self._tried = wanted.fingerprint
-                    await self._try(wanted, began)
-                elif self._refused and wanted.fingerprint != self._tried:
-                    # What could not be served is gone again.
-                    self._tried = self._refused = None
-                    self._tell()
-            except RefusedError as error:
-                self._refuse(str(error), began, asked=asked)
-            except (ContractError, ExperimentError) as error:
-                self._tried = None
-                self._refuse(str(error), began, asked=asked)
-            except Exception as error:  # noqa: BLE001  # whatever it is, what is served goes on
-                self._refuse(f"unexpected {type(error).__name__}", began, asked=asked, error=error)
+            await self._look(asked=asked)
+
+    async def _look(self, *, asked: bool) -> None:
+        """Serve what the files say, where that is something else or somebody asked for it."""
+        began = time.monotonic()
+        is_served = False
+        try:
+            wanted = await asyncio.to_thread(read_wanted, self._settings)
+            is_served = wanted.fingerprint == self._fingerprint
+            if is_served and self._refused:
+                # What could not be served is gone again.
+                self._tried = self._refused = None
+                self._tell()
+            if asked or not (is_served or wanted.fingerprint == self._tried):
+                self._tried = wanted.fingerprint
+                await self._try(wanted, began)
+        except RefusedError as error:
+            self._refuse(str(error), began, asked=asked, is_served=is_served)
+        except (ContractError, ExperimentError) as error:
+            self._tried = None
+            self._refuse(str(error), began, asked=asked, is_served=is_served)
+        except Exception as error:  # noqa: BLE001  # whatever it is, what is served goes on
+            reason = f"unexpected {type(error).__name__}"
+            self._refuse(reason, began, asked=asked, is_served=is_served, error=error)
 
     @property
     def _fingerprint(self) -> str:
@@ -378,11 +385,18 @@ class Supervisor:
         )
 
     def _refuse(
-        self, reason: str, began: float, *, asked: bool, error: Exception | None = None
+        self,
+        reason: str,
+        began: float,
+        *,
+        asked: bool,
+        is_served: bool,
+        error: Exception | None = None,
     ) -> None:
+        """Tell of a reload that failed. `is_served`: it was asked for, of what is served anyway."""
         if reason == self._refused and not asked:  # a file that is away is away at every look
             return
-        self._refused = reason
+        self._refused = None if is_served else reason
         self._count("refused", reason, began)
         log_event(_log, logging.ERROR, "reload-refused", error=error, reason=reason)
 

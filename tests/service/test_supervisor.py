@@ -275,6 +275,19 @@ class TestWhatCannotBeStarted:
             (worker,) = (await supervised.get("/admin/status"))["workers"]
             assert workers_of(os.getpid()) == {worker["pid"]}
 
+    async def test_a_reload_of_what_is_served_that_fails_refuses_no_files(self, supervise, bundles):
+        """They are served, as they stand, by those who opened them earlier."""
+        graph = bundles[0] / "model.onnx"
+        async with supervise() as supervised:
+            found = graph.stat()
+            flip_a_byte(graph)
+            os.utime(graph, ns=(found.st_atime_ns, found.st_mtime_ns))
+            reload = await supervised.reload(1)
+            assert reload["outcome"] == "refused"
+            assert "model.onnx has sha256 " in reload["reason"]
+            assert (await supervised.get("/admin/status"))["refused"] is None
+            assert (await supervised.get("/experiments"))["refused"] is None
+
 
 class TestNobodyIsFailed:
     def test_by_reloads_and_a_restart_of_a_worker_and_the_end(self, start, pointer, bundles):
