@@ -22,6 +22,7 @@ from contract.errors import ContractError
 from service.closing import refuse_new_connections
 from service.control import HEARTBEAT_S, Link
 from service.experiment import ExperimentError
+from service.listening import listen
 from service.logs import log_event
 from service.metrics import SupervisorMetrics, fold_ended_process
 from service.schemas import ReloadStatus, Status, WorkerStatus
@@ -153,7 +154,7 @@ class Supervisor:
         """Serve until a signal says to end; return the exit status.
 
         `announce`: is told the URL when the first generation serves. Raises RefusedError when that
-        cannot.
+        cannot, and SettingsError when somebody else listens at its address by then.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -194,6 +195,8 @@ class Supervisor:
         number = self._generation + 1
         count = self._settings.workers
         made = await self._make(wanted, number, count, background=self._served is not None)
+        if self._served is None:
+            listen(self._settings, self._listeners)
         before = [worker for worker in self._workers if worker not in made]
         self._generation, self._served, self._short_lives = number, wanted, 0
         for task in self._replacing:

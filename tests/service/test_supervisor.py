@@ -23,11 +23,12 @@ import httpx
 import pytest
 
 from contract.errors import BundleError
+from loadtest.redis_server import free_port
 from service import supervisor
 from service.listening import bind
 from service.metrics import FOLDER_VARIABLE
 from service.pointer import publish, rollback
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.wanted import read_wanted
 from tests.service.keep_alive_clients import KeepAliveClients
 from tests.service.live_service import PATIENCE_S, wait_until
@@ -287,6 +288,24 @@ class TestWhatCannotBeStarted:
             assert "model.onnx has sha256 " in reload["reason"]
             assert (await supervised.get("/admin/status"))["refused"] is None
             assert (await supervised.get("/experiments"))["refused"] is None
+
+    async def test_who_finds_another_listening_when_all_is_open_is_refused(
+        self, pointer, redis_url, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+        settings = Settings(bundle=pointer, redis_url=redis_url, port=free_port(), threads=1)
+        (listener,) = bind(settings)
+        (other,) = bind(settings)
+        urls: list[str] = []
+        with listener, other:
+            other.listen()
+            tested = supervisor.Supervisor(settings, [listener], folder=tmp_path)
+            with pytest.raises(
+                SettingsError, match=f"^host: cannot listen on .*:{settings.port}: "
+            ):
+                await tested.run(read_wanted(settings), announce=urls.append)
+        assert urls == []
+        assert workers_of(os.getpid()) == set()
 
 
 class TestNobodyIsFailed:
