@@ -1,10 +1,14 @@
 """The sockets that the service listens on, and who may reach them."""
 
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from ipaddress import ip_address
 
 from service.settings import Settings, SettingsError
+
+# So many connections wait to be accepted, unless the system allows fewer: as uvicorn has it.
+_BACKLOG = 2048
 
 
 def refuse_open_doors(settings: Settings) -> None:
@@ -31,6 +35,19 @@ def bind(settings: Settings) -> list[socket.socket]:
     return sockets
 
 
+def listen(settings: Settings, sockets: Sequence[socket.socket]) -> None:
+    """Let clients connect to what `bind` returned; they wait until somebody accepts them.
+
+    An address can be bound by several until one listens: Linux allows it to those that would not
+    wait for the last connections of a service that has ended. Raises SettingsError for the others.
+    """
+    for (setting, host, _), listener in zip(_addresses(settings), sockets, strict=True):
+        try:
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise _refusal(setting, host, listener.getsockname()[1], error) from error
+
+
 def _addresses(settings: Settings) -> list[tuple[str, str, int]]:
     """Return the setting that names an address, the address, and its port."""
     addresses = [("host", settings.host, settings.port)]
@@ -46,10 +63,14 @@ def _bound(setting: str, host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        reason = error.strerror or error
-        raise SettingsError(f"{setting}: cannot listen on {host}:{port}: {reason}") from error
+        raise _refusal(setting, host, port, error) from error
     listener.set_inheritable(True)
     return listener
+
+
+def _refusal(setting: str, host: str, port: int, error: OSError) -> SettingsError:
+    reason = error.strerror or error
+    return SettingsError(f"{setting}: cannot listen on {host}:{port}: {reason}")
 
 
 def _is_loopback(host: str) -> bool:

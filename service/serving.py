@@ -166,6 +166,8 @@ class _Worker:
         serving = asyncio.create_task(server.serve(sockets=self._listeners))
         accepting = asyncio.create_task(server.accepting.wait())
         await asyncio.wait((serving, accepting), return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()  # what kept it from accepting goes on from here
         arms = app.state.services.arms
         arms.show(is_served=True)
         self._link.say("serving")

@@ -22,6 +22,7 @@ from contract.errors import ContractError
 from service.closing import refuse_new_connections
 from service.control import HEARTBEAT_S, Link
 from service.experiment import ExperimentError
+from service.listening import listen
 from service.logs import log_event
 from service.metrics import SupervisorMetrics, fold_ended_process
 from service.schemas import ReloadStatus, Status, WorkerStatus
@@ -61,6 +62,7 @@ class _Worker:
         self.link = link
         self.generation = number
         self.state = "starting"
+        self.may_accept = False
         self.heard = self.born = time.monotonic()
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
@@ -90,6 +92,11 @@ class _Worker:
                 self.serving.set_result(None)
             case "failed":
                 self._reason = said["reason"]
+
+    def accept(self) -> None:
+        """Let it serve. From now on it is replaced when it ends."""
+        self.may_accept = True
+        self.link.say("accept")
 
     def leave(self, within_s: float) -> None:
         """End it when its connections have ended; at once where it has none."""
@@ -147,7 +154,7 @@ class Supervisor:
         """Serve until a signal says to end; return the exit status.
 
         `announce`: is told the URL when the first generation serves. Raises RefusedError when that
-        cannot.
+        cannot, and SettingsError when somebody else listens at its address by then.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -186,28 +193,32 @@ class Supervisor:
     async def _change(self, wanted: Wanted) -> None:
         """Let new workers take over from those that serve, all of them or none."""
         number = self._generation + 1
-        made = await self._make(wanted, number, background=self._served is not None)
+        count = self._settings.workers
+        made = await self._make(wanted, number, count, background=self._served is not None)
+        if self._served is None:
+            listen(self._settings, self._listeners)
         before = [worker for worker in self._workers if worker not in made]
         self._generation, self._served, self._short_lives = number, wanted, 0
         for task in self._replacing:
             task.cancel()
         for worker in made:
-            worker.link.say("accept")
+            worker.accept()
         # One that ends instead is replaced as any other.
         await asyncio.wait([worker.serving for worker in made], timeout=_SERVING_WITHIN_S)
         for worker in before:
             self._let_leave(worker, self._settings.drain_s)
         self._tell()
 
-    async def _make(self, wanted: Wanted, number: int, *, background: bool) -> list[_Worker]:
-        """Return workers that are ready, or raise RefusedError and leave none behind."""
-        starting = (
-            self._start(wanted, number, background=background)
-            for _ in range(self._settings.workers)
-        )
-        made = await asyncio.gather(*starting)
+    async def _make(
+        self, wanted: Wanted, number: int, count: int, *, background: bool
+    ) -> list[_Worker]:
+        """Return so many workers that are ready, or raise RefusedError and leave none behind."""
         within_s = _IN_BACKGROUND_WITHIN_S if background else _READY_WITHIN_S
+        made: list[_Worker] = []
         try:
+            for _ in range(count):
+                # One by one, so that those before one that cannot be started are known.
+                made.append(await self._start(wanted, number, background=background))  # noqa: PERF401
             async with asyncio.timeout(within_s):
                 await asyncio.gather(*(worker.ready for worker in made))
             if any(worker.ended.is_set() for worker in made):
@@ -215,11 +226,15 @@ class Supervisor:
         except TimeoutError as error:
             await self._kill(made)
             if not background:
-                raise RefusedError(f"workers were not ready within {within_s:.0f} s") from error
+                raise RefusedError(f"workers were not ready within {within_s:g} s") from error
             # On a machine that is busy with everything else they would never be. Whoever rolls back
             # what made it so busy cannot wait.
             log_event(_log, logging.WARNING, "reload-hurried", after_s=within_s)
-            return await self._make(wanted, number, background=False)
+            return await self._make(wanted, number, count, background=False)
+        # The latter where there is no room for a thread: each child has one that waits for it.
+        except (OSError, RuntimeError) as error:
+            await self._kill(made)
+            raise RefusedError(f"a worker cannot be started: {error}") from error
         except BaseException:
             await self._kill(made)
             raise
@@ -229,14 +244,20 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         handed = [theirs.fileno(), *(listener.fileno() for listener in self._listeners)]
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "service.worker", *map(str, handed)),
-                pass_fds=handed,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **write_settings(self._settings)},
-            )
-        worker = _Worker(process, await Link.over(ours), number)
+            # First: nothing may fail between the start of a process and its place in the set.
+            link = await Link.over(ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "service.worker", *map(str, handed)),
+                    pass_fds=handed,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    env={**os.environ, **write_settings(self._settings)},
+                )
+            except BaseException:
+                await link.close()
+                raise
+        worker = _Worker(process, link, number)
         self._workers.add(worker)
         task = asyncio.create_task(self._follow(worker))
         self._following.add(task)
@@ -265,8 +286,8 @@ class Supervisor:
         with suppress(OSError):  # without room for its counts, it is replaced all the same
             await asyncio.to_thread(fold_ended_process, self._folder, worker.pid)
         self._workers.discard(worker)
-        # One that has never been ready is awaited by those who started it.
-        if worker.generation == self._generation and worker.state in ("ready", "serving"):
+        # Until it may accept it is the concern of those who started it.
+        if worker.generation == self._generation and worker.may_accept:
             self._short_lives = self._short_lives + 1 if worker.lived_s < _SHORT_LIFE_S else 0
             reason = "wedged" if worker.is_wedged else "ended"
             self._metrics.worker_restarts.labels(reason).inc()
@@ -282,17 +303,12 @@ class Supervisor:
         while True:
             await asyncio.sleep(pause_s(self._short_lives))
             try:
-                worker = await self._start(self._served, self._generation, background=False)
-                try:
-                    await worker.ready
-                except asyncio.CancelledError:
-                    worker.kill()
-                    raise
-            except (OSError, RefusedError) as error:
+                (worker,) = await self._make(self._served, self._generation, 1, background=False)
+            except RefusedError as error:
                 self._short_lives += 1
                 log_event(_log, logging.ERROR, "worker-refused", reason=str(error))
             else:
-                worker.link.say("accept")
+                worker.accept()
                 return
 
     async def _tend(self) -> None:
@@ -322,23 +338,30 @@ class Supervisor:
                     await self._asked.wait()
             asked = self._asked.is_set()
             self._asked.clear()
-            began = time.monotonic()
-            try:
-                wanted = await asyncio.to_thread(read_wanted, self._settings)
-                if asked or wanted.fingerprint not in (self._tried, self._fingerprint):
-                    self._tried = wanted.fingerprint
-                    await self._try(wanted, began)
-                elif self._refused and wanted.fingerprint != self._tried:
-                    # What could not be served is gone again.
-                    self._tried = self._refused = None
-                    self._tell()
-            except RefusedError as error:
-                self._refuse(str(error), began, asked=asked)
-            except (ContractError, ExperimentError) as error:
-                self._tried = None
-                self._refuse(str(error), began, asked=asked)
-            except Exception as error:  # noqa: BLE001  # whatever it is, what is served goes on
-                self._refuse(f"unexpected {type(error).__name__}", began, asked=asked, error=error)
+            await self._look(asked=asked)
+
+    async def _look(self, *, asked: bool) -> None:
+        """Serve what the files say, where that is something else or somebody asked for it."""
+        began = time.monotonic()
+        is_served = False
+        try:
+            wanted = await asyncio.to_thread(read_wanted, self._settings)
+            is_served = wanted.fingerprint == self._fingerprint
+            if is_served and self._refused:
+                # What could not be served is gone again.
+                self._tried = self._refused = None
+                self._tell()
+            if asked or not (is_served or wanted.fingerprint == self._tried):
+                self._tried = wanted.fingerprint
+                await self._try(wanted, began)
+        except RefusedError as error:
+            self._refuse(str(error), began, asked=asked, is_served=is_served)
+        except (ContractError, ExperimentError) as error:
+            self._tried = None
+            self._refuse(str(error), began, asked=asked, is_served=is_served)
+        except Exception as error:  # noqa: BLE001  # whatever it is, what is served goes on
+            reason = f"unexpected {type(error).__name__}"
+            self._refuse(reason, began, asked=asked, is_served=is_served, error=error)
 
     @property
     def _fingerprint(self) -> str:
@@ -365,11 +388,18 @@ class Supervisor:
         )
 
     def _refuse(
-        self, reason: str, began: float, *, asked: bool, error: Exception | None = None
+        self,
+        reason: str,
+        began: float,
+        *,
+        asked: bool,
+        is_served: bool,
+        error: Exception | None = None,
     ) -> None:
+        """Tell of a reload that failed. `is_served`: it was asked for, of what is served anyway."""
         if reason == self._refused and not asked:  # a file that is away is away at every look
             return
-        self._refused = reason
+        self._refused = None if is_served else reason
         self._count("refused", reason, began)
         log_event(_log, logging.ERROR, "reload-refused", error=error, reason=reason)
 

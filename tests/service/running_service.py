@@ -32,8 +32,7 @@ class RunningService:
     @property
     def pids(self) -> set[int]:
         """The workers, those that are being started too."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return {int(pid) for pid in children.split() if b"service.worker" in _command_line(pid)}
+        return workers_of(self.process.pid)
 
     @property
     def metrics_folders(self) -> list[Path]:
@@ -156,6 +155,12 @@ class RunningService:
                 if process_group == self.process.pid and state not in "ZX":
                     found.append(f"{pid} {state}")
         return found
+
+
+def workers_of(supervisor: int) -> set[int]:
+    """Return the workers, those that are being started too, of a process that supervises them."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
+    return {int(pid) for pid in children.split() if b"service.worker" in _command_line(pid)}
 
 
 @contextmanager

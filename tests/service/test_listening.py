@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.redis_server import free_port
-from service.listening import bind, refuse_open_doors
+from service.listening import bind, listen, refuse_open_doors
 from service.settings import Settings, SettingsError
 
 
@@ -69,3 +69,22 @@ def test_an_address_that_cannot_be_had_is_named_and_nothing_stays_open():
             bind(settings(port=0, admin_port=taken))
     with pytest.raises(SettingsError, match=r"^host: cannot listen on no\.example:0: "):
         bind(settings(host="no.example", port=0))
+
+
+def test_of_several_that_have_bound_an_address_one_may_listen():
+    chosen = settings(port=free_port(), admin_port=free_port())
+    with ExitStack() as opened:
+        first = [opened.enter_context(one) for one in bind(chosen)]
+        second = [opened.enter_context(one) for one in bind(chosen)]
+        listen(chosen, first)
+        with socket.create_connection(("127.0.0.1", chosen.admin_port)):
+            """They wait until they are accepted."""
+        with pytest.raises(
+            SettingsError, match=f"^host: cannot listen on 127.0.0.1:{chosen.port}: "
+        ):
+            listen(chosen, second)
+        first[0].close()
+        with pytest.raises(
+            SettingsError, match=f"^admin_host: cannot listen on 127.0.0.1:{chosen.admin_port}: "
+        ):
+            listen(chosen, second)

@@ -1,6 +1,7 @@
 """Generations of workers: what takes over, what stays, and that no client is failed."""
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -8,24 +9,31 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from contract.errors import BundleError
+from loadtest.redis_server import free_port
 from service import supervisor
 from service.listening import bind
 from service.metrics import FOLDER_VARIABLE
 from service.pointer import publish, rollback
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.wanted import read_wanted
 from tests.service.keep_alive_clients import KeepAliveClients
 from tests.service.live_service import PATIENCE_S, wait_until
 from tests.service.logged import Logged, events_of
-from tests.service.running_service import RunningService, running_service
+from tests.service.running_service import RunningService, running_service, workers_of
 from tests.service.tiny_bundle import change_manifest, flip_a_byte
 
 Start = Callable[..., AbstractContextManager[RunningService]]
@@ -65,6 +73,61 @@ def start(pointer, redis_url, tmp_path) -> Start:
             service.wait_until_ready()
             wait_until(lambda: len(service.serving()) == 2, "both workers serve")
             yield service
+
+    return begin
+
+
+class Supervised:
+    """A service whose supervisor is the test's own process."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def get(self, path: str) -> Any:
+        return (await self._client.get(path)).json()
+
+    async def reload(self, number: int) -> dict[str, Any]:
+        """Ask for the reload of that number; return what became of it."""
+        os.kill(os.getpid(), signal.SIGHUP)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                reload: dict[str, Any] | None = (await self.get("/admin/status"))["last_reload"]
+                if reload is not None and reload["number"] == number:
+                    return reload
+                await asyncio.sleep(0.01)
+
+
+Supervise = Callable[..., AbstractAsyncContextManager[Supervised]]
+
+
+@pytest.fixture
+def supervise(pointer, redis_url, tmp_path, monkeypatch) -> Supervise:
+    """Supervise workers, one by default, from within the test: what it stands on can be changed."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+
+    @asynccontextmanager
+    async def begin(**changes: Any) -> AsyncIterator[Supervised]:
+        settings = Settings(
+            bundle=pointer,
+            redis_url=redis_url,
+            port=0,
+            threads=1,
+            reload_poll_s=0.05,
+            drain_s=0,
+            **changes,
+        )
+        url = asyncio.get_running_loop().create_future()
+        tested = supervisor.Supervisor(settings, bind(settings), folder=tmp_path)
+        running = asyncio.create_task(tested.run(read_wanted(settings), announce=url.set_result))
+        await asyncio.wait([url, running], return_when=asyncio.FIRST_COMPLETED)
+        try:
+            async with httpx.AsyncClient(
+                base_url=await url, trust_env=False, verify=False, timeout=PATIENCE_S
+            ) as client:
+                yield Supervised(client)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await running == 0
 
     return begin
 
@@ -153,30 +216,96 @@ class TestReload:
 
 class TestHurry:
     async def test_workers_that_give_way_for_too_long_are_started_again(
-        self, bundles, pointer, redis_url, tmp_path, monkeypatch, logged
+        self, bundles, pointer, supervise, monkeypatch, logged
     ):
         monkeypatch.setattr(supervisor, "_IN_BACKGROUND_WITHIN_S", 0.01)
-        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-        settings = Settings(
-            bundle=pointer, redis_url=redis_url, port=0, threads=1, reload_poll_s=0.05, drain_s=0
-        )
-        urls: list[str] = []
-        listeners = bind(settings)
-        tested = supervisor.Supervisor(settings, listeners, folder=tmp_path)
-        running = asyncio.create_task(tested.run(read_wanted(settings), announce=urls.append))
-        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=PATIENCE_S) as client:
-            await asyncio.to_thread(wait_until, lambda: bool(urls), "it serves")
+        async with supervise() as supervised:
             publish(pointer, bundles[1])
             version = ""
             while version != "tiny-2":
                 await asyncio.sleep(0.05)
-                models = (await client.get(f"{urls[0]}/models")).json()["models"]
-                version = models[0]["version"]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await running == 0
+                version = (await supervised.get("/models"))["models"][0]["version"]
         (event,) = logged.events("reload-hurried")
         assert event["after_s"] == 0.01
         assert len(logged.events("reload-applied")) == 1
+
+
+class TestWhatCannotBeStarted:
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (BlockingIOError(errno.EAGAIN, "no process"), "[Errno 11] no process"),
+            (RuntimeError("can't start new thread"), "can't start new thread"),
+        ],
+    )
+    async def test_of_a_generation_that_cannot_all_be_started_nobody_is_left(
+        self, supervise, monkeypatch, error, said
+    ):
+        spawn = asyncio.create_subprocess_exec
+        n_spawned = 0
+
+        async def only_one(*command: str, **options: Any) -> asyncio.subprocess.Process:
+            nonlocal n_spawned
+            n_spawned += 1
+            if n_spawned > 1:
+                raise error
+            return await spawn(*command, **options)
+
+        async with supervise(workers=2) as supervised:
+            before = workers_of(os.getpid())
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", only_one)
+            reload = await supervised.reload(1)
+            assert workers_of(os.getpid()) == before
+            assert reload["outcome"] == "refused"
+            assert reload["reason"] == f"a worker cannot be started: {said}"
+            status = await supervised.get("/admin/status")
+            assert {one["pid"] for one in status["workers"]} == before
+            assert status["generation"] == 1
+
+    async def test_a_replacement_that_is_not_ready_in_time_is_given_up(
+        self, supervise, monkeypatch, logged
+    ):
+        async with supervise() as supervised:
+            (killed,) = workers_of(os.getpid())
+            with monkeypatch.context() as patch:
+                patch.setattr(supervisor, "_READY_WITHIN_S", 0.01)
+                os.kill(killed, signal.SIGKILL)
+                event, *_ = await asyncio.to_thread(logged.wait_for, "worker-refused")
+            assert event["reason"] == "workers were not ready within 0.01 s"
+            # The client waits in the queue of a socket that listens, until there is a worker.
+            (worker,) = (await supervised.get("/admin/status"))["workers"]
+            assert workers_of(os.getpid()) == {worker["pid"]}
+
+    async def test_a_reload_of_what_is_served_that_fails_refuses_no_files(self, supervise, bundles):
+        """They are served, as they stand, by those who opened them earlier."""
+        graph = bundles[0] / "model.onnx"
+        async with supervise() as supervised:
+            found = graph.stat()
+            flip_a_byte(graph)
+            os.utime(graph, ns=(found.st_atime_ns, found.st_mtime_ns))
+            reload = await supervised.reload(1)
+            assert reload["outcome"] == "refused"
+            assert "model.onnx has sha256 " in reload["reason"]
+            assert (await supervised.get("/admin/status"))["refused"] is None
+            assert (await supervised.get("/experiments"))["refused"] is None
+
+    async def test_who_finds_another_listening_when_all_is_open_is_refused(
+        self, pointer, redis_url, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+        settings = Settings(bundle=pointer, redis_url=redis_url, port=free_port(), threads=1)
+        (listener,) = bind(settings)
+        (other,) = bind(settings)
+        urls: list[str] = []
+        with listener, other:
+            other.listen()
+            tested = supervisor.Supervisor(settings, [listener], folder=tmp_path)
+            with pytest.raises(
+                SettingsError, match=f"^host: cannot listen on .*:{settings.port}: "
+            ):
+                await tested.run(read_wanted(settings), announce=urls.append)
+        assert urls == []
+        assert workers_of(os.getpid()) == set()
 
 
 class TestNobodyIsFailed:
