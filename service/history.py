@@ -26,6 +26,7 @@ _DEDUPLICATION_BYTES = RECORD_BYTES * DEDUPLICATION_BEHAVIORS
 
 # Life of an idempotency key unless the store is told another, in seconds.
 IDEMPOTENCY_LIFE_S = 3600.0
+
 FINGERPRINT_BYTES = 16
 
 _CORRUPT = -1
