@@ -105,8 +105,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
 
 @pytest.fixture(scope="session")
 def trained_checkpoint(world_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained on `world_log`, for one epoch."""
+    """A YouTube DNN that was trained on `world_log`, for one epoch."""
     folder = tmp_path_factory.mktemp("run")
     alone = Worker(device=torch.device("cpu"))
-    train(run_config(max_epochs=1), PreparedLog(world_log), folder, alone, show_progress=False)
+    config = run_config(model=MODELS["youtube_dnn"], max_epochs=1)
+    train(config, PreparedLog(world_log), folder, alone, show_progress=False)
     return folder / MODEL
