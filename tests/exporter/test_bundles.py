@@ -24,19 +24,17 @@ from training.models.imn import IterativeMemoryNetwork
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_is_exported_and_equal(checkpoint, tmp_path, model):
-    table: list[ParityRow] = []
-    manifest = export(checkpoint(model), tmp_path / "bundle", report=table.extend)
-    verify_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
-    assert {row.n_candidates for row in table} == {1, 10, 500}
-    assert {row.length for row in table} == {1, 7, 30}
-    assert max(row.max_difference for row in table) <= VALUE_TOLERANCE
-    assert manifest.score_kind == ("affinity" if model == "popularity" else "probability")
+def test_every_model_is_exported_and_equal(exported, model):
+    found = exported(model)
+    verify_files(found.bundle, read_manifest(found.bundle))
+    assert {row.n_candidates for row in found.table} == {1, 10, 500}
+    assert {row.length for row in found.table} == {1, 7, 30}
+    assert max(row.max_difference for row in found.table) <= VALUE_TOLERANCE
+    assert found.manifest.score_kind == ("affinity" if model == "popularity" else "probability")
 
 
-def test_the_manifest_says_where_the_model_comes_from(checkpoint, tmp_path):
-    export(checkpoint(), tmp_path / "bundle")
-    manifest = read_manifest(tmp_path / "bundle")
+def test_the_manifest_says_where_the_model_comes_from(exported):
+    manifest = read_manifest(exported().bundle)
     assert manifest.model_name == "tiny"
     assert manifest.model_version.startswith("tiny-")
     assert manifest.metrics == {"auc": 0.7}  # what is no number is left out
@@ -47,21 +45,21 @@ def test_the_manifest_says_where_the_model_comes_from(checkpoint, tmp_path):
     assert manifest.calibration == "none"
 
 
-def test_features_of_items_are_constants_of_the_graph(checkpoint, tmp_path):
+def test_features_of_items_are_constants_of_the_graph(exported):
     """A request sends ids only."""
-    path = checkpoint("imn with enhancement and features")
-    export(path, tmp_path / "bundle")
-    graph = onnx.load(tmp_path / "bundle" / MODEL).graph
+    found = exported("imn with enhancement and features")
+    graph = onnx.load(found.bundle / MODEL).graph
     constants = [onnx.numpy_helper.to_array(weight) for weight in graph.initializer]
-    for of_row in features_of(torch.arange(load_model(path).catalogue.n_rows)).values():
+    rows = torch.arange(load_model(found.checkpoint).catalogue.n_rows)
+    for of_row in features_of(rows).values():
         assert any(np.array_equal(of_row, constant) for constant in constants)
 
 
 @pytest.mark.parametrize("model", ["imn", "imn with enhancement and features"])
-def test_golden_rows_are_what_the_graph_gives(checkpoint, tmp_path, model):
-    export(checkpoint(model), tmp_path / "bundle")
-    manifest = read_manifest(tmp_path / "bundle")
-    golden = GoldenRows.load(tmp_path / "bundle" / GOLDEN)
+def test_golden_rows_are_what_the_graph_gives(exported, model):
+    bundle = exported(model).bundle
+    manifest = read_manifest(bundle)
+    golden = GoldenRows.load(bundle / GOLDEN)
     lengths = [len(raw) // 12 for raw in golden.histories]
     assert 0 in lengths
     assert max(lengths) > 30
@@ -69,17 +67,18 @@ def test_golden_rows_are_what_the_graph_gives(checkpoint, tmp_path, model):
         golden.histories,
         golden.candidates,
         golden.ranking_times,
-        read_catalogue(tmp_path / "bundle", manifest),
+        read_catalogue(bundle, manifest),
         manifest.features,
     )
     assert not corrupt.any()
     assert (inputs.candidate_items == 1).any()  # unknown candidates are among them
-    (scores,) = open_session(tmp_path / "bundle" / MODEL).run(None, inputs.as_feed())
+    (scores,) = open_session(bundle / MODEL).run(None, inputs.as_feed())
     np.testing.assert_allclose(scores, golden.scores, atol=1e-6)
     assert len(np.unique(golden.scores)) > golden.scores.size / 2  # they tell models apart
 
 
 def test_a_model_of_one_behavior_can_be_exported(checkpoint, tmp_path):
+    """IMN, whose weights of behaviors have an axis of one too."""
     export(checkpoint(history_length=1), tmp_path / "bundle")
     verify_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
 
@@ -129,27 +128,22 @@ def test_a_calibration_is_in_the_graph(checkpoint, tmp_path, method, precision):
 @pytest.mark.parametrize(
     ("model", "n_passes"), [("imn", 2), ("imn with enhancement and features", 3)]
 )
-def test_imn_is_exported_with_a_graph_that_explains(
-    checkpoint, tmp_path, model, n_passes, precision
-):
+def test_imn_is_exported_with_a_graph_that_explains(exported, model, n_passes, precision):
     """The same scores, and the weights that the model tells; fp16 rounds both."""
-    path = checkpoint(model)
-    manifest = export(path, tmp_path / "bundle", precision=precision)
-    assert manifest.explains
-    assert EXPLAIN in read_manifest(tmp_path / "bundle").files
-    trained = load_model(path)
-    golden = GoldenRows.load(tmp_path / "bundle" / GOLDEN)
+    found = exported(model, precision)
+    assert found.manifest.explains
+    assert EXPLAIN in read_manifest(found.bundle).files
+    trained = load_model(found.checkpoint)
+    golden = GoldenRows.load(found.bundle / GOLDEN)
     inputs, _ = encode(
         golden.histories,
         golden.candidates,
         golden.ranking_times,
         trained.catalogue,
-        manifest.features,
+        found.manifest.features,
     )
-    scores_BC, weights_BCPL = open_session(tmp_path / "bundle" / EXPLAIN).run(
-        None, inputs.as_feed()
-    )
-    (scored_BC,) = open_session(tmp_path / "bundle" / MODEL).run(None, inputs.as_feed())
+    scores_BC, weights_BCPL = open_session(found.bundle / EXPLAIN).run(None, inputs.as_feed())
+    (scored_BC,) = open_session(found.bundle / MODEL).run(None, inputs.as_feed())
     np.testing.assert_allclose(scores_BC, scored_BC, atol=1e-3 if precision == "fp16" else 1e-6)
     assert weights_BCPL.shape == (*scores_BC.shape, n_passes, 30)
     assert isinstance(trained.model, IterativeMemoryNetwork)
@@ -164,14 +158,14 @@ def test_imn_is_exported_with_a_graph_that_explains(
 
 
 @pytest.mark.parametrize("model", ["imn in segments", "youtube_dnn", "popularity"])
-def test_what_has_no_weights_of_behaviors_is_exported_without(checkpoint, tmp_path, model):
-    manifest = export(checkpoint(model), tmp_path / "bundle")
-    assert not manifest.explains
-    assert not (tmp_path / "bundle" / EXPLAIN).exists()
+def test_what_has_no_weights_of_behaviors_is_exported_without(exported, model):
+    found = exported(model)
+    assert not found.manifest.explains
+    assert not (found.bundle / EXPLAIN).exists()
 
 
 def test_a_version_can_be_named(checkpoint, tmp_path):
-    export(checkpoint(), tmp_path / "bundle", model_version="tuesday")
+    export(checkpoint("popularity"), tmp_path / "bundle", model_version="tuesday")
     assert read_manifest(tmp_path / "bundle").model_version == "tuesday"
 
 
@@ -191,7 +185,7 @@ def test_a_broken_checkpoint_leaves_nothing_behind(tmp_path):
 
 
 def test_a_failed_proof_leaves_nothing_behind(checkpoint, tmp_path):
-    path = checkpoint()
+    path = checkpoint("popularity")
 
     def refuse(_table):
         raise ExportError("refused")
@@ -202,9 +196,8 @@ def test_a_failed_proof_leaves_nothing_behind(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_float16_bundle_is_served(checkpoint, tmp_path, model):
-    export(checkpoint(model), tmp_path / "bundle", precision="fp16")
-    manifest = OnnxModel(tmp_path / "bundle").manifest  # scores the golden rows
+def test_a_float16_bundle_is_served(exported, model):
+    manifest = OnnxModel(exported(model, "fp16").bundle).manifest  # scores the golden rows
     assert manifest.precision == "fp16"
     assert manifest.model_version.endswith("-fp16")
     assert manifest.auc_change is None
@@ -223,14 +216,12 @@ def test_a_float16_bundle_has_half_the_size(checkpoint, tmp_path):
     assert 0.5 < graphs["fp16"].stat().st_size / graphs["fp32"].stat().st_size < 0.6
 
 
-def test_a_tf32_bundle_differs_in_its_manifest_only(checkpoint, tmp_path):
-    path = checkpoint()
-    fp32 = export(path, tmp_path / "fp32")
-    tf32 = export(path, tmp_path / "tf32", precision="tf32")
+def test_a_tf32_bundle_differs_in_its_manifest_only(exported):
+    fp32, tf32 = exported().manifest, exported(precision="tf32").manifest
     assert tf32.files == fp32.files  # size and hash of graph, catalogue and golden rows
     assert (fp32.precision, tf32.precision) == ("fp32", "tf32")
     assert tf32.model_version == f"{fp32.model_version}-tf32"
-    OnnxModel(tmp_path / "tf32")
+    OnnxModel(exported(precision="tf32").bundle)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])

@@ -6,7 +6,7 @@ from exporter.__main__ import main
 
 
 def test_it_prints_the_parity_table(checkpoint, tmp_path, capsys):
-    assert main([str(checkpoint()), str(tmp_path / "bundle")]) == 0
+    assert main([str(checkpoint("popularity")), str(tmp_path / "bundle")]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[1].split() == ["B", "L", "C", "difference"]
     assert "tiny-" in printed

@@ -1,5 +1,7 @@
 """What a bundle must answer, by its graph alone."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -7,15 +9,13 @@ from contract.bundle import GOLDEN, MODEL
 from contract.errors import BundleError
 from contract.golden import GoldenRows
 from exporter.__main__ import main
-from exporter.bundles import export
 from exporter.scoring import score
 from tests.service.tiny_bundle import flip_a_byte
 
 
 @pytest.fixture
-def bundle(checkpoint, tmp_path):
-    export(checkpoint(), tmp_path / "bundle")
-    return tmp_path / "bundle"
+def bundle(exported):
+    return exported().bundle
 
 
 def test_golden_rows_get_their_golden_scores(bundle):
@@ -40,10 +40,11 @@ def test_the_command_replaces_the_scores_of_a_file(bundle, tmp_path, capsys):
 
 
 def test_an_altered_bundle_is_refused(bundle, capsys, tmp_path):
-    flip_a_byte(bundle / MODEL)
+    altered = shutil.copytree(bundle, tmp_path / "altered")
+    flip_a_byte(altered / MODEL)
     with pytest.raises(BundleError, match=r"model\.onnx has sha256"):
-        score(bundle, GoldenRows.load(bundle / GOLDEN))
-    asked = ["score", str(bundle), str(bundle / GOLDEN), str(tmp_path / "scored.npz")]
+        score(altered, GoldenRows.load(altered / GOLDEN))
+    asked = ["score", str(altered), str(altered / GOLDEN), str(tmp_path / "scored.npz")]
     assert main(asked) == 2
     assert "model.onnx has sha256" in capsys.readouterr().err
     assert not (tmp_path / "scored.npz").exists()
