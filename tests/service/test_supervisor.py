@@ -372,8 +372,8 @@ class TestWorkers:
     def test_one_that_is_killed_is_replaced(self, start):
         with start() as service:
             before = service.serving()
-            service.score_until_all_have(before)
-            n_scored = service.samples()["mneme_requests_total /score"]
+            n_scored = service.score_until_all_have(before)
+            service.wait_for("mneme_requests_total /score", n_scored)
             killed = min(before)
             os.kill(killed, signal.SIGKILL)
             wait_until(lambda: len(service.serving() - {killed}) == 2, "there is a new worker")
