@@ -303,7 +303,8 @@ class TestWhatCannotBeStarted:
             with pytest.raises(
                 SettingsError, match=f"^host: cannot listen on .*:{settings.port}: "
             ):
-                await tested.run(read_wanted(settings), announce=urls.append)
+                async with asyncio.timeout(PATIENCE_S):
+                    await tested.run(read_wanted(settings), announce=urls.append)
         assert urls == []
         assert workers_of(os.getpid()) == set()
 
