@@ -21,19 +21,19 @@ def test_who_cannot_accept_says_so_and_never_that_it_serves(good_bundle, redis_u
     ours, theirs = socket.socketpair()
     with ours, theirs, socket.socket(type=socket.SOCK_DGRAM) as no_listener:
         handed = [theirs.fileno(), no_listener.fileno()]
-        with subprocess.Popen(
+        ours.sendall(b'{"message": "accept"}\n')
+        done = subprocess.run(
             [sys.executable, "-m", "service.worker", *map(str, handed)],
             pass_fds=handed,
-            stdin=subprocess.PIPE,
+            input=json.dumps(start).encode(),
             stderr=subprocess.DEVNULL,
             env={**os.environ, **write_settings(settings), FOLDER_VARIABLE: str(tmp_path)},
-        ) as process:
-            theirs.close()
-            ours.settimeout(PATIENCE_S)
-            ours.sendall(b'{"message": "accept"}\n')
-            process.communicate(json.dumps(start).encode())
-            assert process.returncode == 1
-            said = [json.loads(line) for line in ours.makefile("rb")]
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 1
+        theirs.close()
+        said = [json.loads(line) for line in ours.makefile("rb")]
     told = [one for one in said if one["message"] != "alive"]
     assert told == [
         {"message": "ready"},

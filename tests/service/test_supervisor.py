@@ -303,7 +303,8 @@ class TestWhatCannotBeStarted:
             with pytest.raises(
                 SettingsError, match=f"^host: cannot listen on .*:{settings.port}: "
             ):
-                await tested.run(read_wanted(settings), announce=urls.append)
+                async with asyncio.timeout(PATIENCE_S):
+                    await tested.run(read_wanted(settings), announce=urls.append)
         assert urls == []
         assert workers_of(os.getpid()) == set()
 
@@ -372,8 +373,8 @@ class TestWorkers:
     def test_one_that_is_killed_is_replaced(self, start):
         with start() as service:
             before = service.serving()
-            service.score_until_all_have(before)
-            n_scored = service.samples()["mneme_requests_total /score"]
+            n_scored = service.score_until_all_have(before)
+            service.wait_for("mneme_requests_total /score", n_scored)
             killed = min(before)
             os.kill(killed, signal.SIGKILL)
             wait_until(lambda: len(service.serving() - {killed}) == 2, "there is a new worker")
