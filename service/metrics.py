@@ -460,8 +460,11 @@ def fold_ended_process(folder: Path, pid: int) -> None:
         for kind in ("counter", "histogram"):
             path = folder / f"{kind}_{pid}.db"
             if path.exists():
-                _add_up(path, folder / f"{kind}_ended.db")
-                path.unlink()
+                try:
+                    _add_up(path, folder / f"{kind}_ended.db")
+                finally:
+                    # One that was damaged would fail every reader of the folder.
+                    path.unlink()
 
 
 def _add_up(source: Path, target: Path) -> None:

@@ -283,8 +283,10 @@ class Supervisor:
                     self._tell()
         how = await worker.wait()
         await worker.link.close()
-        with suppress(OSError):  # without room for its counts, it is replaced all the same
+        try:
             await asyncio.to_thread(fold_ended_process, self._folder, worker.pid)
+        except Exception as error:  # noqa: BLE001  # damaged, or no room: it is replaced all the same
+            log_event(_log, logging.WARNING, "counts-lost", error=error, worker=worker.pid)
         self._workers.discard(worker)
         # Until it may accept it is the concern of those who started it.
         if worker.generation == self._generation and worker.may_accept:

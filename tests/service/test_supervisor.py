@@ -388,6 +388,21 @@ class TestWorkers:
         (event,) = [one for one in events_of(stderr) if one["event"] == "worker-ended"]
         assert (event["worker"], event["how"]) == (killed, "signal 9")
 
+    def test_one_whose_counts_are_damaged_is_replaced_and_metrics_answer(self, start):
+        with start() as service:
+            before = service.serving()
+            service.score_until_all_have(before)
+            killed = min(before)
+            os.kill(killed, signal.SIGSTOP)
+            (folder,) = service.metrics_folders
+            (folder / f"counter_{killed}.db").write_bytes(b"\x7f" * 64)
+            os.kill(killed, signal.SIGKILL)
+            wait_until(lambda: len(service.serving() - {killed}) == 2, "there is a new worker")
+            assert service.samples()["mneme_worker_restarts_total ended"] == 1
+            _, stderr = service.end()
+        (event,) = [one for one in events_of(stderr) if one["event"] == "counts-lost"]
+        assert event["worker"] == killed
+
     def test_one_that_gives_no_sign_of_life_is_replaced(self, start):
         with start("--wedged-s", "2") as service:
             before = service.serving()
