@@ -175,6 +175,8 @@ def running_service(
             [
                 *(sys.executable, "-m", "service", "--port", str(port), "--threads", "1"),
                 *("--redis-timeout-s", "5", "--reload-poll-s", "0.05", "--drain-s", str(drain_s)),
+                # Of which a read of Redis may take half.
+                *("--deadline-s", "10"),
                 # On a busy machine many are; what a test counts is other events.
                 *("--slow-log-per-s", "0"),
                 *arguments,
