@@ -21,7 +21,7 @@ from training.distributed import Worker
 from training.models.build import build_model
 from training.trainer import MODEL, train
 
-MODELS = {
+MODELS: dict[str, dict[str, object]] = {
     "imn": {"name": "imn", "embedding_dim": 8, "iterations": 2, "head_units": [8]},
     "imn with enhancement and features": {
         "name": "imn", "embedding_dim": 8, "iterations": 3, "enhancement_steps": 2,
@@ -105,8 +105,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
 
 @pytest.fixture(scope="session")
 def trained_checkpoint(world_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained on `world_log`, for one epoch."""
+    """A YouTube DNN that was trained on `world_log`, for one epoch."""
     folder = tmp_path_factory.mktemp("run")
     alone = Worker(device=torch.device("cpu"))
-    train(run_config(max_epochs=1), PreparedLog(world_log), folder, alone, show_progress=False)
+    config = run_config(model=MODELS["youtube_dnn"], max_epochs=1)
+    train(config, PreparedLog(world_log), folder, alone, show_progress=False)
     return folder / MODEL
