@@ -28,7 +28,8 @@ from training.models.build import build_model
 
 SMALL = {"embedding_dim": 8}
 ATTENTIVE = {**SMALL, "layers": 2, "heads": 2, "ffn_units": 16}
-PKM_ACT = {"name": "pkm_act", **ATTENTIVE, "keys_per_side": 4, "experts": 2}
+# One layer: what stands between two of them is traced in the tests of the model.
+PKM_ACT = {"name": "pkm_act", **ATTENTIVE, "layers": 1, "keys_per_side": 4, "experts": 2}
 NEXT_ITEM_MODELS: dict[str, dict[str, Any]] = {
     "fpmc": {"name": "fpmc", **SMALL},
     "fpmc with user factors": {"name": "fpmc", **SMALL, "user_factor": "table"},
@@ -48,7 +49,7 @@ NEXT_ITEM_MODELS: dict[str, dict[str, Any]] = {
     "pkm_act, causal": {**PKM_ACT, "form": "causal", "chunk": 4},
 }
 CLICK_MODELS: dict[str, dict[str, Any]] = {
-    "imn": {"name": "imn", **SMALL, "enhancement_steps": 1},
+    "imn": {"name": "imn", **SMALL, "iterations": 2, "enhancement_steps": 1},
     "imn, in segments": {"name": "imn", **SMALL, "iterations": 2, "segment": 8},
     "youtube_dnn": {"name": "youtube_dnn", **SMALL},
     "din": {"name": "din", **SMALL, "activation": "dice"},
