@@ -21,7 +21,7 @@ from training.distributed import Worker
 from training.models.build import build_model
 from training.trainer import MODEL, train
 
-MODELS = {
+MODELS: dict[str, dict[str, object]] = {
     "imn": {"name": "imn", "embedding_dim": 8, "iterations": 2, "head_units": [8]},
     "imn with enhancement and features": {
         "name": "imn", "embedding_dim": 8, "iterations": 3, "enhancement_steps": 2,
