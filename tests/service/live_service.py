@@ -109,11 +109,17 @@ class LiveService:
         wait_until(lambda: self.metric(name, **labels) == value, f"{name} {labels} = {value}")
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def wait_until(
+    holds: Callable[[], bool],
+    what: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    pause_s: float = 0.005,
+) -> None:
+    deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.005)
+        time.sleep(pause_s)
 
 
 @contextmanager
