@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from redis import Redis
@@ -156,7 +156,10 @@ def _repeat(cluster: LocalCluster, node: int, *words: Any) -> None:
 
 
 def port_with_bus() -> int:
-    """Return a free port whose neighbour for the talk among nodes exists, too."""
-    while (port := free_port()) + _BUS > 65_535:
-        pass
-    return port
+    """Return a free port whose neighbour for the talk among nodes is free, too."""
+    while True:
+        port = free_port()
+        # OverflowError: there is no such port.
+        with suppress(OSError, OverflowError):
+            free_port(port + _BUS)
+            return port

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,11 +113,12 @@ class _Conversation(asyncio.Protocol):
 def small_server(behavior: Behavior | Reply) -> Iterator[SmallServer]:
     """Serve from a thread until the block ends; behaviors get the number of the request."""
     behave = behavior if callable(behavior) else lambda _i: behavior
-    server = SmallServer(port=free_port(), bodies=[], connections=[])
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = SmallServer(port=listening.getsockname()[1], bodies=[], connections=[])
     # Not uvloop: its timers ring up to a millisecond early, and tests rely on the delays.
     loop = asyncio.SelectorEventLoop()
     listener = loop.run_until_complete(
-        loop.create_server(lambda: _Conversation(behave, server), "127.0.0.1", server.port)
+        loop.create_server(lambda: _Conversation(behave, server), sock=listening)
     )
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
