@@ -1,5 +1,6 @@
 """Redis Cluster and Redis Sentinel on loopback, made by hand as their documentation says."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -91,6 +92,8 @@ def redis_cluster(
             )
             for _ in range(n_primaries + n_replicas)
         ]
+        # All of them first: each takes its time to end, and they take it together.
+        stack.callback(_end_together, nodes)
         cluster = LocalCluster(nodes, n_primaries)
         for number in range(n_primaries):
             first, last = (
@@ -133,6 +136,11 @@ def redis_sentinels(name: str) -> Iterator[tuple[RedisProcess, str]]:
             time.sleep(0.05)
         hosts = ",".join(f"127.0.0.1:{one.port}" for one in watching)
         yield primary, f"redis+sentinel://{hosts}/{name}/0"
+
+
+def _end_together(nodes: Sequence[RedisProcess]) -> None:
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
 
 
 def _knows_the_others(port: int, name: str) -> bool:
