@@ -24,7 +24,7 @@ demo: install
 	@exec $(RUN) -m loadtest demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data '$(DATA)') $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: install
 	$(VENV)/bin/ruff format --check .

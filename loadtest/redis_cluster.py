@@ -1,8 +1,9 @@
 """Redis Cluster and Redis Sentinel on loopback, made by hand as their documentation says."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from redis import Redis
@@ -91,6 +92,8 @@ def redis_cluster(
             )
             for _ in range(n_primaries + n_replicas)
         ]
+        # All of them first: each takes its time to end, and they take it together.
+        stack.callback(_end_together, nodes)
         cluster = LocalCluster(nodes, n_primaries)
         for number in range(n_primaries):
             first, last = (
@@ -135,6 +138,11 @@ def redis_sentinels(name: str) -> Iterator[tuple[RedisProcess, str]]:
         yield primary, f"redis+sentinel://{hosts}/{name}/0"
 
 
+def _end_together(nodes: Sequence[RedisProcess]) -> None:
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+
+
 def _knows_the_others(port: int, name: str) -> bool:
     with Redis(port=port) as client:
         state = client.sentinel_masters()[name]
@@ -156,7 +164,10 @@ def _repeat(cluster: LocalCluster, node: int, *words: Any) -> None:
 
 
 def port_with_bus() -> int:
-    """Return a free port whose neighbour for the talk among nodes exists, too."""
-    while (port := free_port()) + _BUS > 65_535:
-        pass
-    return port
+    """Return a free port whose neighbour for the talk among nodes is free, too."""
+    while True:
+        port = free_port()
+        # OverflowError: there is no such port.
+        with suppress(OSError, OverflowError):
+            free_port(port + _BUS)
+            return port

@@ -113,12 +113,22 @@ class RedisProcess:
             self._process.wait()
 
 
-def free_port() -> int:
-    """Return a TCP port of loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(number: int = 0) -> int:
+    """Return a TCP port of loopback that the kernel gives to nobody else for a minute.
+
+    `number`: the port to take, any that is free unless said; raises OSError where it is not free.
+    Who listens there sets SO_REUSEADDR, as servers do.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", number))
+        # Not before: a port that another call keeps is not free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.listen(1)
+        port: int = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = listener.accept()
+            accepted.close()  # first: this end stays in TIME_WAIT, and keeps the port
+    return port
 
 
 def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:

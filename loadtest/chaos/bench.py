@@ -92,6 +92,7 @@ class Bench:
     `checkpoint`: of the first bundle, None where there is none. `folder`: scratch space.
     `capacity`: requests/s that are answered within the deadline when more come; `rate` of the
     load. `seconds`: how long a lasting fault lasts. `slow_clients`: of the fault of that name.
+    `niceness`: of the commands that run beside the service.
     """
 
     bundles: tuple[Path, Path]
@@ -104,6 +105,7 @@ class Bench:
     seconds: float
     deadline_ms: float
     slow_clients: int
+    niceness: int = 19
 
     @contextmanager
     def serving(
@@ -263,13 +265,13 @@ class Bench:
         return goodput
 
     def run(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        """Run `python -m ...` as an operator does beside a service, with the lowest priority."""
+        """Run `python -m ...` as an operator does beside a service."""
         return subprocess.run(
             [sys.executable, "-m", *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=_COMMAND_TIMEOUT_S,
-            preexec_fn=lambda: os.nice(19),
+            preexec_fn=lambda: os.nice(self.niceness),
         )
 
     def publish(self, pointer: Path, bundle: Path) -> None:

@@ -79,10 +79,10 @@ def _model(name: str) -> DummyModel:
     return model
 
 
-@pytest.fixture
-def watched(tmp_path) -> Iterator[Watched]:
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory) -> Iterator[Watched]:
     with ExitStack() as stack:
-        yield Watched(tmp_path, stack)
+        yield Watched(tmp_path_factory.mktemp("watched"), stack)
 
 
 def test_the_share_within_30_ms_is_recorded(watched):

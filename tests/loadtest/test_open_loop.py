@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,11 +113,12 @@ class _Conversation(asyncio.Protocol):
 def small_server(behavior: Behavior | Reply) -> Iterator[SmallServer]:
     """Serve from a thread until the block ends; behaviors get the number of the request."""
     behave = behavior if callable(behavior) else lambda _i: behavior
-    server = SmallServer(port=free_port(), bodies=[], connections=[])
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = SmallServer(port=listening.getsockname()[1], bodies=[], connections=[])
     # Not uvloop: its timers ring up to a millisecond early, and tests rely on the delays.
     loop = asyncio.SelectorEventLoop()
     listener = loop.run_until_complete(
-        loop.create_server(lambda: _Conversation(behave, server), "127.0.0.1", server.port)
+        loop.create_server(lambda: _Conversation(behave, server), sock=listening)
     )
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -296,7 +298,7 @@ def test_idle_connections_are_used_again():
 
 def test_busy_connections_are_joined_by_new_ones():
     """All 50 requests are in flight at once, more than the warm-up has opened."""
-    with small_server(lambda i: Reply(delay_s=0.3 if i < 50 else 0.0)) as server:
+    with small_server(lambda i: Reply(delay_s=1.0 if i < 50 else 0.0)) as server:
         result = server.run()
     assert len(server.connections) == 50
     assert result.queued == 0
@@ -528,16 +530,16 @@ def test_answers_come_back_with_their_requests_when_they_are_kept(processes):
 
 
 def test_a_load_that_moves_awaits_what_is_in_flight_where_it_is():
-    """Request 0 takes 0.6 s; the move is at about 0.3 s, between requests 1 and 2."""
-    slow = Reply(pieces=(text_200(b"old"),), delay_s=0.6)
+    """Request 0 takes 1.0 s; the move is at about 0.3 s, between requests 1 and 2."""
+    slow = Reply(pieces=(text_200(b"old"),), delay_s=1.0)
     with (
         small_server(lambda i: slow if i == 0 else Reply(pieces=(text_200(b"old"),))) as old,
         small_server(Reply(pieces=(text_200(b"new"),))) as new,
         running_schedule(
             ("127.0.0.1", old.port),
             [old.target.request(body) for body in BODIES],
-            np.array([0.0, 0.05, 0.7, 0.9]),
-            duration_s=1.0,
+            np.array([0.0, 0.05, 1.2, 1.4]),
+            duration_s=1.5,
             keep_answers=True,
         ) as load,
     ):

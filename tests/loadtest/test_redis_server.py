@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,23 @@ def test_a_machine_without_the_binary_is_told_what_to_install():
 
 
 def test_a_free_port_can_be_listened_on():
-    assert 1024 <= free_port() <= 65_535
+    port = free_port()
+    assert 1024 <= port <= 65_535
+    with socket.create_server(("127.0.0.1", port)):
+        assert free_port() != port
+
+
+def test_a_free_port_is_given_to_nobody_who_asks_for_any():
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind(("127.0.0.1", port))
+
+
+def test_a_port_that_somebody_has_is_not_free():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for taken in (server.getsockname()[1], free_port()):
+            with pytest.raises(OSError, match="Address already in use"):
+                free_port(taken)
 
 
 def test_a_process_is_gone_after_the_block_even_when_it_was_paused():

@@ -1,7 +1,6 @@
 """A real Redis, real servers around a predictable model, and one real bundle."""
 
 import logging
-import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,16 +23,6 @@ from tests.service.tiny_bundle import make_bundle
 
 # The machine may be busy with anything: where a test is not about time, there is plenty of it.
 _TIMEOUT_S = 5.0
-
-
-@pytest.fixture(scope="session", autouse=True)
-def clean_environment() -> Iterator[None]:
-    """Settings of the developer's own service must not reach the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith("MNEME_") or name == "REDIS_URL":
-                patch.delenv(name)
-        yield
 
 
 @pytest.fixture(scope="session")

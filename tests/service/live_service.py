@@ -1,5 +1,6 @@
 """The application behind a real uvicorn on a free port, and what /metrics says of it."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -109,11 +110,27 @@ class LiveService:
         wait_until(lambda: self.metric(name, **labels) == value, f"{name} {labels} = {value}")
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def wait_until(
+    holds: Callable[[], bool],
+    what: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    pause_s: float = 0.005,
+) -> None:
+    deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.005)
+        time.sleep(pause_s)
+
+
+class _PromptServer(uvicorn.Server):
+    """It sees soon that it is to end: the tests end hundreds of them."""
+
+    async def main_loop(self) -> None:
+        counter = 0
+        while not await self.on_tick(counter):
+            counter += 1
+            await asyncio.sleep(0.01)
 
 
 @contextmanager
@@ -129,7 +146,7 @@ def live_service(
     """
     http = limited_protocol(settings or Settings(bundle=Path("unused")))
     config = uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", lifespan="on")
-    server = uvicorn.Server(config)
+    server = _PromptServer(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     try:

@@ -107,6 +107,7 @@ def ask(service: LiveService, route: str, **headers: str) -> httpx.Response:
         json=body,
         headers=headers,
         trust_env=False,
+        verify=False,
         timeout=30.0,
     )
 
@@ -255,7 +256,7 @@ def test_a_key_in_the_address_is_none(guarded, keys):
     key = keys.keys["all"]
     for query in (f"?key={key}", f"?access_token={key}", f"?Authorization=Bearer%20{key}"):
         url = address_of(guarded, f"/models{query}")
-        assert_problem(httpx.get(url, trust_env=False), 401, "unauthenticated")
+        assert_problem(httpx.get(url, trust_env=False, verify=False), 401, "unauthenticated")
 
 
 def test_a_refused_score_costs_the_model_nothing(guarded):
@@ -265,7 +266,7 @@ def test_a_refused_score_costs_the_model_nothing(guarded):
 
 def test_a_body_that_is_too_large_is_not_read_for_whom_nobody_knows(guarded):
     url = address_of(guarded, "/score")
-    answer = httpx.post(url, content=b"x" * 1_000_000, trust_env=False)
+    answer = httpx.post(url, content=b"x" * 1_000_000, trust_env=False, verify=False)
     assert_problem(answer, 401, "unauthenticated")
 
 
@@ -492,6 +493,7 @@ _SENT = st.lists(
         st.binary() | st.sampled_from([b"Bearer ", b"[::1", b"//", b"a.b", b"null", b"1.2.3.4:x"]),
     )
 )
+_METRICS = Metrics()
 
 
 @given(path=st.text() | st.sampled_from(sorted(ROLES)), headers=_SENT, method=st.text())
@@ -502,7 +504,7 @@ def test_whatever_is_sent_is_decided_and_without_a_key_only_what_is_open_passes(
     key = described("all", make_key(), roles=ALL_ROLES)
     settings = Settings(bundle=Path("unused"))
     for keys in (None, parse_keys(key.encode(), Path("keys.toml"))):
-        access = Access(settings, Metrics(), keys)
+        access = Access(settings, _METRICS, keys)
         try:
             access.check(scope)
         except ServiceError:
@@ -550,7 +552,9 @@ class TestAdminPort:
                     method, path, body = REQUESTS.get(route, ("GET", route, None))
                     port = {"public": public, "admin": admin}[where]
                     url = f"http://127.0.0.1:{port}{path}"
-                    return httpx.request(method, url, json=body, headers=headers, trust_env=False)
+                    return httpx.request(
+                        method, url, json=body, headers=headers, trust_env=False, verify=False
+                    )
 
                 return asked
 

@@ -521,8 +521,8 @@ async def _answer_late(queue: Queue, n: int) -> None:
     """Let so many requests find nobody before them, and be answered after their deadline."""
     for _ in range(n):
         queue.stages.may_run.clear()
-        (late,) = await queue.begin("late", within_s=0.01)
-        await pass_moment(0.01)
+        (late,) = await queue.begin("late", within_s=0.05)
+        await pass_moment(0.05)
         queue.stages.may_run.set()
         assert await answers(late) == ["LATE"]
 

@@ -109,7 +109,8 @@ def service(bundle: Path, redis: RedisProcess, port: int) -> Iterator[subprocess
 
 def _lives(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
+        url = f"http://127.0.0.1:{port}/healthz"
+        return httpx.get(url, trust_env=False, verify=False).status_code == 200
     except httpx.HTTPError:
         return False
 

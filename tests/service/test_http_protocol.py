@@ -234,12 +234,12 @@ class TestRequestsAhead:
 
     def test_a_slow_answer_costs_the_next_request_none_of_its_time(self, serve):
         """The service does not read on while it answers, and must not blame the client for it."""
-        service = serve(request_read_s=0.2)
+        service = serve(request_read_s=0.5)
         connection = Connection(service)
         with service.model.held():
             connection.send(WHOLE + LINE + LENGTH + b"\r\n" + BODY[:5])
             service.model.wait_until_busy()
-            time.sleep(0.6)
+            time.sleep(1.0)
         assert connection.scores() == [score_of(1), score_of(2)]
         connection.send(BODY[5:])
         assert connection.scores() == [score_of(1), score_of(2)]

@@ -111,15 +111,15 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "name"), FAULTS)
 async def test_a_call_ends_in_its_time_and_says_why(fault, name):
     with fault() as url:
-        async with open_store(url, timeout_s=0.3) as store:
+        async with open_store(url, timeout_s=0.5) as store:
             began = time.monotonic()
-            for one in await store.fetch(USERS, 8, timeout_s=0.1):
+            for one in await store.fetch(USERS, 8, timeout_s=0.3):
                 assert isinstance(one, HistoryUnavailableError)
                 assert name in one.detail
             with pytest.raises(HistoryUnavailableError, match=name):
                 await store.append({"ann": records((1, NOW))})
-            # A second is for the machine: the calls themselves may take 0.1 and 0.3.
-            assert time.monotonic() - began < 0.1 + 0.3 + 1.0
+            # A second is for the machine: the calls themselves may take 0.3 and 0.5.
+            assert time.monotonic() - began < 0.3 + 0.5 + 1.0
 
 
 @pytest.mark.parametrize(("fault", "_name"), FAULTS)
@@ -191,7 +191,7 @@ class TestWrites:
 class TestBreaker:
     async def test_a_paused_redis_is_left_alone_and_found_again(self):
         with redis_process() as process:
-            async with open_store(process.url, timeout_s=0.05) as store:
+            async with open_store(process.url, timeout_s=0.3) as store:
                 await fill(store, HISTORIES)
                 process.send_signal(signal.SIGSTOP)
                 for _ in range(MAX_FAILURES):

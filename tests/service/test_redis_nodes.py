@@ -197,7 +197,7 @@ class TestFailover:
 
     async def test_a_paused_primary_is_replaced_too(self):
         with redis_cluster(3, 3) as cluster:
-            async with open_store(cluster.url, timeout_s=0.2) as store:
+            async with open_store(cluster.url, timeout_s=0.5) as store:
                 await fill(store, HISTORIES)
                 for number in range(3):
                     assert cluster.command(number, "WAIT", 1, 5000) == 1

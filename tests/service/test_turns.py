@@ -31,7 +31,7 @@ async def busy_shares(*weights_and_turns: tuple[float, float]) -> list[float]:
                 spent[number] += time.perf_counter() - began
 
     tasks = [asyncio.create_task(keep_busy(number)) for number in range(len(seats)) for _ in "ab"]
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(1.2)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -57,11 +57,11 @@ class TestFairness:
     async def test_who_was_idle_has_saved_nothing_up(self):
         device = SharedDevice()
         one, other = device.seat(1.0), device.seat(1.0)
-        await work(one, [], "one", TURN_S, 20)
+        await work(one, [], "one", 0.01, 20)
         log: list[str] = []
         await asyncio.gather(
-            *(work(one, log, "one", TURN_S, 10) for _ in "ab"),
-            *(work(other, log, "other", TURN_S, 10) for _ in "ab"),
+            *(work(one, log, "one", 0.01, 10) for _ in "ab"),
+            *(work(other, log, "other", 0.01, 10) for _ in "ab"),
         )
         assert log[:12].count("one") >= 4
 
@@ -136,7 +136,7 @@ class TestForecast:
         async with seat:
             now = time.perf_counter()
             seat.expect(0.5)
-            assert seat.free_at(now, own_s=1.0) == pytest.approx(now + 0.5, abs=0.1)
+            assert seat.free_at(now, own_s=1.0) == pytest.approx(now + 0.5, abs=0.3)
         assert seat.free_at(now + 1, own_s=1.0) == now + 1
 
     @pytest.mark.parametrize(

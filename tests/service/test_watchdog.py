@@ -68,8 +68,8 @@ class TestDevice:
 
     async def test_neither_is_an_idle_device(self):
         device = Device()
-        async with device.watched(0.02):
-            await asyncio.sleep(0.2)
+        async with device.watched(0.1):
+            await asyncio.sleep(0.5)
         assert device.codes == []
 
 
@@ -85,9 +85,9 @@ class TestFailures:
     async def test_a_few_failures_do_not(self):
         """They may be those of what was asked, and nobody has asked since."""
         device = Device()
-        async with device.watched(0.02):
+        async with device.watched(0.1):
             device.failing_since, device.failures = 1.0, 9
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
         assert device.codes == []
 
     async def test_neither_do_many_between_successes(self):

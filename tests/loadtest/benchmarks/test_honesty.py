@@ -41,7 +41,7 @@ def test_the_open_loop_reports_the_stalls_and_the_closed_loop_hides_them():
     expected_s = analytic_percentile_s(99, STALL_S, EVERY_S)
     assert opened.statuses == {200: len(opened.latencies_s)}
     assert 0.9 * expected_s < opened.percentile_s(99) < 1.5 * expected_s
-    assert np.percentile(closed_s, 99) < expected_s / 2
+    assert np.percentile(closed_s, 99) < 0.9 * expected_s
     assert closed_s.max() > 0.9 * STALL_S, "it met a stall, too"
 
 

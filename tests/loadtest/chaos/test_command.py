@@ -11,7 +11,16 @@ from loadtest.__main__ import main
 def _short_floods(monkeypatch):
     """The capacity is measured roughly, but soon."""
     monkeypatch.setattr("loadtest.chaos.bench._LOWEST_FLOOD", 2000.0)
+    monkeypatch.setattr("loadtest.chaos.bench._HIGHEST_FLOOD", 2000.0)
     monkeypatch.setattr("loadtest.chaos.bench._FLOOD_S", 0.5)
+
+
+@pytest.fixture
+def _prepared(monkeypatch, bundles, expected):
+    """The answers and the capacity are known, as if they had been computed and measured."""
+    known = dict(zip(bundles, expected, strict=True))
+    monkeypatch.setattr("loadtest.chaos.preparation.expect", lambda bundle, *_: known[bundle])
+    monkeypatch.setattr("loadtest.chaos.preparation._capacity", lambda _bench: 400.0)
 
 
 @pytest.fixture
@@ -39,6 +48,7 @@ def test_chosen_rows_become_a_page_and_its_figures(flags, tmp_path, capsys):
     assert settings["capacity"] > 0
 
 
+@pytest.mark.usefixtures("_prepared")
 def test_a_row_that_cannot_be_had_is_named_and_fails_the_command(
     flags, bundles, tmp_path, capsys, monkeypatch
 ):
@@ -53,6 +63,7 @@ def test_a_row_that_cannot_be_had_is_named_and_fails_the_command(
     assert reason in (tmp_path / "reliability.md").read_text()
 
 
+@pytest.mark.usefixtures("_prepared")
 def test_a_soak_writes_its_section(flags, tmp_path, capsys):
     assert main(["soak", "--minutes", "0.1", *flags]) == 0
     assert "soak_rss_growth" in capsys.readouterr().out

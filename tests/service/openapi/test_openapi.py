@@ -3,7 +3,7 @@
 from contract.records import MAX_ITEM
 from tests.service.openapi.schema_run import run_schemathesis
 
-_EXAMPLES = 60
+_EXAMPLES = 30
 
 
 def test_nothing_is_answered_that_is_not_documented(serve, tmp_path):
