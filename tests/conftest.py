@@ -1,5 +1,6 @@
 """What all tests need: time that a busy machine has, and nothing of who runs them."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 
@@ -24,3 +25,23 @@ def clean_environment() -> Iterator[None]:
             if name.startswith("MNEME_") or name == "REDIS_URL":
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _turn(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Run beside the tests of other processes, or without them where it is marked `alone`."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp().parent
+    alone = request.node.get_closest_marker("alone") is not None
+    with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
+        # Who waits inside the door lets nobody else in: the room empties for who wants it alone.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+        # To close it would not do: a forked process may have it open.
+        fcntl.flock(room, fcntl.LOCK_UN)

@@ -32,6 +32,7 @@ def test_the_percentile_of_a_stall_is_computed(q, expected_s):
     assert analytic_percentile_s(q, 1.0, 10.0) == pytest.approx(expected_s)
 
 
+@pytest.mark.alone
 def test_the_open_loop_reports_the_stalls_and_the_closed_loop_hides_them():
     with trivial_server(stall_s=STALL_S, every_s=EVERY_S) as target:
         opened = run_open_loop(
