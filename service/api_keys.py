@@ -39,6 +39,8 @@ Role = Literal["score", "events", "read", "metrics", "admin"]
 MAX_KEYS = 64
 # TOML promises no larger number.
 _MAX_BURST = 2**63 - 1
+# One a day: of less nobody could be told when to come again.
+_LEAST_PER_S = 1 / 86_400
 # By it people and scanners of secrets recognise what has got where it should not be.
 KEY_PREFIX = "mneme_"
 _KEY_BYTES = 32
@@ -63,7 +65,7 @@ class ApiKey(BaseModel):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     roles: Annotated[frozenset[Role], Field(min_length=1, strict=False)]
     expires: AwareDatetime | None = None
-    requests_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    requests_per_s: Annotated[float, Field(ge=_LEAST_PER_S, allow_inf_nan=False)] | None = None
     burst: Annotated[int, Field(ge=1, le=_MAX_BURST)] | None = None
 
     @field_validator("expires", mode="before")

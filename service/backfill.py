@@ -45,7 +45,6 @@ def blocking_client(
     """
     address = read_redis_url(url)
     options = address.options(timeout_s=timeout_s, password_file=password_file)
-    options = address.options(timeout_s=timeout_s, password_file=password_file)
     if address.kind == "single":
         return Redis.from_pool(ConnectionPool(**options))
     tls = takes_tls(options)

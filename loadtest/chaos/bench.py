@@ -92,7 +92,8 @@ class Bench:
     `checkpoint`: of the first bundle, None where there is none. `folder`: scratch space.
     `capacity`: requests/s that are answered within the deadline when more come; `rate` of the
     load. `seconds`: how long a lasting fault lasts. `slow_clients`: of the fault of that name.
-    `niceness`: of the commands that run beside the service.
+    `hurried`: whether the commands that run beside the service take what they can get of the
+    processor, and not only what nobody else wants.
     """
 
     bundles: tuple[Path, Path]
@@ -105,7 +106,7 @@ class Bench:
     seconds: float
     deadline_ms: float
     slow_clients: int
-    niceness: int = 19
+    hurried: bool = False
 
     @contextmanager
     def serving(
@@ -265,13 +266,13 @@ class Bench:
         return goodput
 
     def run(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        """Run `python -m ...` as an operator does beside a service."""
+        """Run `python -m ...` as an operator does, who does so on another machine."""
         return subprocess.run(
             [sys.executable, "-m", *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=_COMMAND_TIMEOUT_S,
-            preexec_fn=lambda: os.nice(self.niceness),
+            preexec_fn=None if self.hurried else _give_way,
         )
 
     def publish(self, pointer: Path, bundle: Path) -> None:
@@ -282,6 +283,10 @@ class Bench:
         if done.returncode:
             said = done.stderr.strip().rpartition("\n")[2]
             raise ChaosError(f"`service publish` ended with {done.returncode}: {said}")
+
+
+def _give_way() -> None:
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def status(ours: RunningService) -> dict[str, Any]:

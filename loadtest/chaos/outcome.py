@@ -143,7 +143,7 @@ def conclude(
         held_per_s=float(is_good_N[during_N].sum() / (fault.over_s - fault.began_s)),
         requests=len(codes_N),
         refused=int(is_refused_N.sum()),
-        refusals=dict(Counter(map(_problem, compress(result.answers, is_refused_N)))),
+        refusals=dict(Counter(map(problem_of, compress(result.answers, is_refused_N)))),
         timed_out=int((result.timed_out & result.sent).sum()),
         broken=int(((codes_N == _NO_ANSWER) & result.sent & ~result.timed_out).sum()),
         unsent=result.unsent,
@@ -190,7 +190,7 @@ def recovery(
     return None
 
 
-def _problem(answer: bytes) -> str:
+def problem_of(answer: bytes) -> str:
     """Return what an answer names as the problem, without the prefix of the project's own."""
     try:
         named: str = json.loads(answer)["type"]

@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from loadtest.benchmarks.stand import RunningService
 from loadtest.chaos.bench import Bench, Watched, served_version, status, wait_until
 from loadtest.chaos.child import child
 from loadtest.chaos.errors import ChaosError
+from loadtest.chaos.outcome import problem_of
 from loadtest.chaos.preparation import add_flags, make_bench
 from loadtest.chaos.stores import single_store
 from loadtest.open_loop import RunningLoad
@@ -37,16 +39,23 @@ _WITHOUT, _RELOADS, _NEIGHBOUR = "without", "a reload every 5 s", "an idle proce
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A load under one condition: `latencies_s` of its requests, in the order that they were due;
-    `failed`: those without an answer of 200; `reloads` that were applied meanwhile.
+    """A load under one condition.
+
+    `latencies_s` of the requests that were answered with 200, in the order that they were due;
+    `failures`: what the others' answers named as the problem. `reloads`: applied meanwhile.
     """
 
     condition: str
     latencies_s: Sequence[float]
-    failed: int
+    failures: Sequence[str]
     wrong: int
     lost: int
     reloads: int
+
+    @property
+    def failed(self) -> int:
+        """Requests without an answer of 200."""
+        return len(self.failures)
 
     def percentile_s(self, q: float) -> float:
         """Return a percentile, 0 to 100, of the latencies."""
@@ -79,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         rate, capacity = bench.rate, bench.capacity
     found = figures(parts)
     summary = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    if failures := Counter(failure for part in parts for failure in part.failures):
+        summary += f"; failed: {', '.join(f'{name} {n}' for name, n in failures.items())}"
     about = (
         f"{rate:.0f} requests/s, {rate / capacity:.2f} of the capacity, one worker; a deadline of "
         f"{_DEADLINE_MS / 1000:g} s, so that no request is refused. {options.rounds} rounds of "
@@ -184,7 +195,11 @@ def _part(condition: str, watched: Watched, reloads: int) -> Part:
     return Part(
         condition=condition,
         latencies_s=answered["latency_s"].to_list(),
-        failed=len(requests) - len(answered),
+        failures=[
+            problem_of(answer)
+            for code, answer in zip(watched.result.codes, watched.result.answers, strict=True)
+            if code != httpx.codes.OK
+        ],
         wrong=watched.verdicts.count("wrong"),
         lost=watched.audit.lost,
         reloads=reloads,

@@ -91,6 +91,7 @@ def test_a_key_may_have_a_rate():
             id="somewhere's time",
         ),
         pytest.param(KEY + "requests_per_s = 0.0", "requests_per_s: .* greater", id="no rate"),
+        pytest.param(KEY + "requests_per_s = 1e-310", "requests_per_s: .* greater", id="hardly"),
         pytest.param(KEY + "requests_per_s = inf", "requests_per_s: .* finite", id="any rate"),
         pytest.param(
             f"{KEY}requests_per_s = 1.0\nburst = 1{'0' * 400}", "burst: .* less", id="any burst"
@@ -178,7 +179,7 @@ def test_the_lines_of_a_key_are_read_as_what_they_were_made_of():
         ("The Shop", {}, "a key's name: String should match"),
         ("", {}, "a key's name: String should match"),
         ("shop", {"burst": 3}, "burst says something only beside requests_per_s"),
-        ("shop", {"requests_per_s": -1.0}, "requests_per_s: .* greater than 0"),
+        ("shop", {"requests_per_s": -1.0}, "requests_per_s: .* greater than or equal to"),
     ],
     ids=["spaces", "no name", "a burst of no rate", "a negative rate"],
 )

@@ -423,7 +423,7 @@ class TestWorkers:
         with start("--wedged-s", "1.5") as service:
             before = service.serving()
             service.process.send_signal(signal.SIGSTOP)
-            time.sleep(3)
+            time.sleep(7)  # longer than any worker may be silent
             service.process.send_signal(signal.SIGCONT)
             time.sleep(2)
             assert service.serving() == before

@@ -12,7 +12,9 @@ from loadtest.chaos.reloads import Part, figures, measure
 
 
 def part(condition, *latencies_s):
-    return Part(condition=condition, latencies_s=latencies_s, failed=0, wrong=0, lost=0, reloads=2)
+    return Part(
+        condition=condition, latencies_s=latencies_s, failures=(), wrong=0, lost=0, reloads=2
+    )
 
 
 def test_a_ratio_is_the_median_of_the_rounds():
