@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from contract.errors import ContractError
 from service.closing import refuse_new_connections
 from service.control import HEARTBEAT_S, Link
 from service.experiment import ExperimentError
+from service.forks import Fork, Template
 from service.listening import listen
 from service.logs import log_event
 from service.metrics import SupervisorMetrics, fold_ended_process
@@ -58,7 +58,7 @@ class _Worker:
 
     state: Literal["starting", "ready", "serving", "leaving"]
 
-    def __init__(self, process: asyncio.subprocess.Process, link: Link, number: int) -> None:
+    def __init__(self, process: Fork, link: Link, number: int) -> None:
         self.link = link
         self.generation = number
         self.state = "starting"
@@ -138,6 +138,7 @@ class Supervisor:
         self._workers: set[_Worker] = set()
         self._following: set[asyncio.Task[None]] = set()
         self._replacing: set[asyncio.Task[None]] = set()
+        self._template = Template({**os.environ, **write_settings(settings)})
         # Of the generation that serves; 0 before the first and after the last.
         self._generation = 0
         self._served: Wanted | None = None
@@ -167,6 +168,7 @@ class Supervisor:
             return await self._drain()
         finally:
             await self._kill(self._workers)
+            self._template.close()
 
     def _end(self) -> None:
         (self._at_once if self._ending.is_set() else self._ending).set()
@@ -231,8 +233,7 @@ class Supervisor:
             # what made it so busy cannot wait.
             log_event(_log, logging.WARNING, "reload-hurried", after_s=within_s)
             return await self._make(wanted, number, count, background=False)
-        # The latter where there is no room for a thread: each child has one that waits for it.
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             await self._kill(made)
             raise RefusedError(f"a worker cannot be started: {error}") from error
         except BaseException:
@@ -241,19 +242,19 @@ class Supervisor:
         return made
 
     async def _start(self, wanted: Wanted, number: int, *, background: bool) -> _Worker:
+        start = {
+            "experiment": wanted.experiment.model_dump(mode="json"),
+            "background": background,
+        }
         ours, theirs = socket.socketpair()
-        handed = [theirs.fileno(), *(listener.fileno() for listener in self._listeners)]
-        with theirs:
+        with theirs, open(os.memfd_create("wanted"), "wb") as file:
+            file.write(json.dumps(start).encode())
+            file.flush()
             # First: nothing may fail between the start of a process and its place in the set.
             link = await Link.over(ours)
+            handed = [one.fileno() for one in (file, theirs, *self._listeners)]
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "service.worker", *map(str, handed)),
-                    pass_fds=handed,
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    env={**os.environ, **write_settings(self._settings)},
-                )
+                process = self._template.fork(handed)
             except BaseException:
                 await link.close()
                 raise
@@ -262,13 +263,6 @@ class Supervisor:
         task = asyncio.create_task(self._follow(worker))
         self._following.add(task)
         task.add_done_callback(self._following.discard)
-        start = {
-            "experiment": wanted.experiment.model_dump(mode="json"),
-            "background": background,
-        }
-        assert process.stdin is not None, "it is a pipe"
-        process.stdin.write(json.dumps(start).encode())
-        process.stdin.close()
         self._tell()
         return worker
 

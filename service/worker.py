@@ -1,32 +1,93 @@
-"""One serving process: `python -m service.worker CONTROL LISTENER...`, of the supervisor's.
+"""`python -m service.worker ASKED`, of the supervisor's: the process that workers are forks of.
 
-The arguments are descriptors that it inherits: its end of the control channel, and the sockets to
-listen on. What it is to serve stands on stdin. While others serve, what takes processor time before
-this one does, most of it the import of libraries, gives way to them: so little is imported here.
+ASKED is its end of a pair of sockets. Each message by it asks for a fork and hands over its
+descriptors: a file that says what to serve, its end of the control channel, and the sockets to
+listen on. The answer is the fork's process number, or less than 0, the number of an error.
 """
 
+import gc
 import json
+import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from service.priority import in_background
+from service.prctl import name_process
+
+_MOST_DESCRIPTORS = 64
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one worker; return its exit status."""
+    """Make forks until the supervisor is gone; in a fork, serve. Return the exit status."""
     # A terminal and some supervisors of services signal all processes of a group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    control, *listeners = (socket.socket(fileno=int(one)) for one in arguments)
-    start = json.load(sys.stdin)
-    if start["background"]:
-        in_background(lambda: import_module("service.serving"))
+    name_process("mneme-template")
     from service.serving import serve
 
-    return serve(control, listeners, start)
+    # What a fork does not write to, it shares: a collection would write to all.
+    gc.collect()
+    gc.freeze()
+    asked = socket.socket(fileno=int(arguments[0]))
+    while True:
+        message, handed, _, _ = socket.recv_fds(asked, 1, _MOST_DESCRIPTORS)
+        if not message:
+            return 0
+        try:
+            pid = fork_for_parent()
+        except OSError as error:
+            pid = -(error.errno or 1)
+        if pid == 0:
+            break
+        for descriptor in handed:
+            os.close(descriptor)
+        asked.send(str(pid).encode())
+    asked.close()
+    name_process("mneme-worker")
+    wanted, control, *listeners = handed
+    with open(wanted, "rb") as file:
+        file.seek(0)
+        start = json.load(file)
+    return serve(
+        socket.socket(fileno=control), [socket.socket(fileno=one) for one in listeners], start
+    )
+
+
+def fork_for_parent() -> int:
+    """Fork a process that becomes the child of whoever adopts this one's orphans; return its number,
+    and 0 in it. Raises OSError.
+    """
+    hear, tell = os.pipe()
+    try:
+        between = os.fork()
+        if between == 0:
+            _fork_and_end(tell)
+            os.close(hear)
+            os.close(tell)
+            return 0
+    except OSError:
+        os.close(hear)
+        os.close(tell)
+        raise
+    os.close(tell)
+    with open(hear, "rb") as file:
+        pid = int(file.read())
+    os.waitpid(between, 0)
+    if pid < 0:
+        raise OSError(-pid, os.strerror(-pid))
+    return pid
+
+
+def _fork_and_end(tell: int) -> None:
+    """Fork, tell its number, and end; return in the fork alone."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        pid = -(error.errno or 1)
+    if pid:
+        os.write(tell, str(pid).encode())
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Processes that begin with all that a worker imports: forks of one that has imported it.
+
+The import of libraries takes a second of a processor, several times what opening a small bundle
+takes. `service/worker.py`, the template, pays it once. It opens no model and has no thread, so to
+fork it is safe where to fork a process that serves would not be.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from service.prctl import adopt_orphans
+
+# Of its imports, on a busy machine.
+_ANSWER_WITHIN_S = 120.0
+_ANSWER_BYTES = 256
+
+
+class Fork:
+    """A process that is a child of this one."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        # Unlike its number, which another process may get, it names this one for good.
+        self._handle = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """End it at once; raises ProcessLookupError where it has ended."""
+        signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Return its exit status, negative a signal's number. To be called once."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self._handle, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._handle)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._handle)
+        return os.waitstatus_to_exitcode(status)
+
+
+class Template:
+    """The process that forks are made of, started when one is asked for and none is there.
+
+    `environment`: its variables, and those of all forks.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: socket.socket | None = None
+
+    def fork(self, handed: Sequence[int]) -> Fork:
+        """Return a new worker that has got these descriptors.
+
+        It takes milliseconds, but for the first, which waits for the imports. Raises OSError where
+        there is no room for a process.
+        """
+        answer = self._ask(handed) or self._ask(handed)  # another one, where it has ended
+        if not answer:
+            raise OSError("what workers are forks of has ended; its stderr says why")
+        pid = int(answer)
+        if pid < 0:
+            raise OSError(-pid, os.strerror(-pid))
+        return Fork(pid)
+
+    def close(self) -> None:
+        """End the template; its forks are left alone."""
+        if self._end is not None and self._process is not None:
+            self._end.close()
+            self._process.wait()
+            self._end = self._process = None
+
+    def _ask(self, handed: Sequence[int]) -> bytes:
+        if self._end is None:
+            self._end = self._start()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._end, [b"\0"], handed)
+            if answer := self._end.recv(_ANSWER_BYTES):
+                return answer
+        self.close()
+        return b""
+
+    def _start(self) -> socket.socket:
+        adopt_orphans()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603  # this program
+                [sys.executable, "-m", "service.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # A library's own threads would not be in its forks.
+                env={**self._environment, "OPENBLAS_NUM_THREADS": "1"},
+            )
+        ours.settimeout(_ANSWER_WITHIN_S)
+        return ours
