@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before anything loads onnxruntime: no test tells anybody of anything.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Before anything loads torch or polars: several test processes share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     for _name in ("OMP", "MKL", "OPENBLAS"):

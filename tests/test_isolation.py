@@ -1,5 +1,6 @@
 """Parts do not load what they must not need."""
 
+import os
 import subprocess
 import sys
 
@@ -25,3 +26,12 @@ def test_a_part_loads_only_its_own(module, unwanted):
     program = f"import sys, {module}; print(*sorted(set({unwanted!r}) & set(sys.modules)))"
     loaded = subprocess.check_output([sys.executable, "-c", program], text=True).split()
     assert loaded == []
+
+
+@pytest.mark.parametrize("module", ["service.device", "exporter.parity"])
+def test_onnxruntime_has_no_thread_that_tells_others_of_what_it_runs(module):
+    program = f"import {module}, os; print(len(os.listdir('/proc/self/task')))"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    del environment["ORT_DISABLE_TELEMETRY"]
+    n_threads = subprocess.check_output([sys.executable, "-c", program], env=environment)
+    assert int(n_threads) == 1
