@@ -27,14 +27,17 @@ class Fork:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         # Unlike its number, which another process may get, it names this one for good.
-        self._handle = os.pidfd_open(pid)
+        self._handle: int | None = os.pidfd_open(pid)
 
     def kill(self) -> None:
-        """End it at once; raises ProcessLookupError where it has ended."""
-        signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+        """End it at once, where it has not ended."""
+        if self._handle is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
 
     async def wait(self) -> int:
         """Return its exit status, negative a signal's number. To be called once."""
+        assert self._handle is not None, "it has not been waited for"
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         loop.add_reader(self._handle, ended.set)
@@ -42,8 +45,9 @@ class Fork:
             await ended.wait()
         finally:
             loop.remove_reader(self._handle)
-        _, status = os.waitpid(self.pid, 0)
+        _, status = os.waitpid(self.pid, 0)  # noqa: ASYNC222  # it has ended
         os.close(self._handle)
+        self._handle = None
         return os.waitstatus_to_exitcode(status)
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from contract.errors import ContractError
 from service.closing import refuse_new_connections
@@ -108,8 +108,7 @@ class _Worker:
 
     def kill(self) -> None:
         """End it at once."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
 
     async def wait(self) -> str:
         """Return how it ended."""
@@ -247,14 +246,12 @@ class Supervisor:
             "background": background,
         }
         ours, theirs = socket.socketpair()
-        with theirs, open(os.memfd_create("wanted"), "wb") as file:
-            file.write(json.dumps(start).encode())
-            file.flush()
+        with theirs, _file_of(start) as file:
             # First: nothing may fail between the start of a process and its place in the set.
             link = await Link.over(ours)
-            handed = [one.fileno() for one in (file, theirs, *self._listeners)]
+            sockets = [one.fileno() for one in (theirs, *self._listeners)]
             try:
-                process = self._template.fork(handed)
+                process = self._template.fork([file.fileno(), *sockets])
             except BaseException:
                 await link.close()
                 raise
@@ -465,6 +462,14 @@ class Supervisor:
         for worker in killed:
             worker.kill()
         await asyncio.gather(*(worker.ended.wait() for worker in killed))
+
+
+def _file_of(value: object) -> BinaryIO:
+    """Return a file without a name that holds the JSON of a value, at its beginning."""
+    file = os.fdopen(os.memfd_create("mneme"), "w+b")
+    file.write(json.dumps(value).encode())
+    file.seek(0)
+    return file
 
 
 def pause_s(short_lives: int) -> float:

@@ -46,8 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     asked.close()
     name_process("mneme-worker")
     wanted, control, *listeners = handed
-    with open(wanted, "rb") as file:
-        file.seek(0)
+    with os.fdopen(wanted, "rb") as file:
         start = json.load(file)
     return serve(
         socket.socket(fileno=control), [socket.socket(fileno=one) for one in listeners], start
@@ -55,8 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def fork_for_parent() -> int:
-    """Fork a process that becomes the child of whoever adopts this one's orphans; return its number,
-    and 0 in it. Raises OSError.
+    """Fork a child of whoever adopts this process's orphans; return its number, and 0 in it.
+
+    Raises OSError where there is no room for one.
     """
     hear, tell = os.pipe()
     try:
@@ -71,7 +71,7 @@ def fork_for_parent() -> int:
         os.close(tell)
         raise
     os.close(tell)
-    with open(hear, "rb") as file:
+    with os.fdopen(hear, "rb") as file:
         pid = int(file.read())
     os.waitpid(between, 0)
     if pid < 0:

@@ -165,7 +165,7 @@ class RunningService:
 def workers_of(supervisor: int) -> set[int]:
     """Return the workers, those that are being started too, of a process that supervises them."""
     children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
-    return {int(pid) for pid in children.split() if b"service.worker" in _command_line(pid)}
+    return {int(pid) for pid in children.split() if _name(pid) == "mneme-worker"}
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def _has_answered(counters: Path) -> bool:
     return any('"/score"' in key and value for key, value, *_ in samples)
 
 
-def _command_line(pid: str) -> bytes:
+def _name(pid: str) -> str:
     with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""

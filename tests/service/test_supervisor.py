@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -25,6 +25,7 @@ import pytest
 from contract.errors import BundleError
 from loadtest.redis_server import free_port
 from service import supervisor
+from service.forks import Fork, Template
 from service.listening import bind
 from service.metrics import FOLDER_VARIABLE
 from service.pointer import publish, rollback
@@ -231,33 +232,26 @@ class TestHurry:
 
 
 class TestWhatCannotBeStarted:
-    @pytest.mark.parametrize(
-        ("error", "said"),
-        [
-            (BlockingIOError(errno.EAGAIN, "no process"), "[Errno 11] no process"),
-            (RuntimeError("can't start new thread"), "can't start new thread"),
-        ],
-    )
     async def test_of_a_generation_that_cannot_all_be_started_nobody_is_left(
-        self, supervise, monkeypatch, error, said
+        self, supervise, monkeypatch
     ):
-        spawn = asyncio.create_subprocess_exec
-        n_spawned = 0
+        fork = Template.fork
+        n_forked = 0
 
-        async def only_one(*command: str, **options: Any) -> asyncio.subprocess.Process:
-            nonlocal n_spawned
-            n_spawned += 1
-            if n_spawned > 1:
-                raise error
-            return await spawn(*command, **options)
+        def only_one(template: Template, handed: Sequence[int]) -> Fork:
+            nonlocal n_forked
+            n_forked += 1
+            if n_forked > 1:
+                raise BlockingIOError(errno.EAGAIN, "no process")
+            return fork(template, handed)
 
         async with supervise(workers=2) as supervised:
             before = workers_of(os.getpid())
-            monkeypatch.setattr(asyncio, "create_subprocess_exec", only_one)
+            monkeypatch.setattr(Template, "fork", only_one)
             reload = await supervised.reload(1)
             assert workers_of(os.getpid()) == before
             assert reload["outcome"] == "refused"
-            assert reload["reason"] == f"a worker cannot be started: {said}"
+            assert reload["reason"] == "a worker cannot be started: [Errno 11] no process"
             status = await supervised.get("/admin/status")
             assert {one["pid"] for one in status["workers"]} == before
             assert status["generation"] == 1
