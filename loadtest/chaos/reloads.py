@@ -30,7 +30,7 @@ from loadtest.results import milliseconds, table, write_section
 
 TITLE = "Reloads, side by side"
 
-_EVERY_S = 5.0
+_EVERY_S, _DRAIN_S = 5.0, 2.0
 _RELOADED_WITHIN_S = 60.0
 # Nobody is refused: a p99 of those who were answered within 30 ms would end there.
 _DEADLINE_MS = 1000.0
@@ -118,8 +118,8 @@ def measure(bench: Bench, rounds: int) -> list[Part]:
     parts: list[Part] = []
     with single_store() as store:
         bench.fill(store)
-        deadline = ("--deadline-s", f"{_DEADLINE_MS / 1000:g}")
-        with bench.serving(store.url, *deadline, bundle=pointer) as ours:
+        flags = ("--deadline-s", f"{_DEADLINE_MS / 1000:g}", "--drain-s", f"{_DRAIN_S:g}")
+        with bench.serving(store.url, *flags, bundle=pointer) as ours:
             took_s = _reload_once(bench, ours, pointer)
             conditions: Mapping[str, Callable[[RunningLoad], None]] = {
                 _WITHOUT: lambda _: time.sleep(bench.seconds),

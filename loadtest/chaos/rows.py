@@ -106,7 +106,9 @@ def _reload(bench: Bench, name: str, fault: str) -> tuple[Outcome, Watched]:
     pointer = bench.folder / f"{name}.pointer"
     bench.publish(pointer, bench.bundles[0])
     every_s = min(_RELOAD_EVERY_S, bench.seconds / 4)
-    with _store(bench) as store, bench.serving(store.url, bundle=pointer) as ours:
+    # Time for clients to leave those who are replaced, and less than until the next reload.
+    drain = ("--drain-s", f"{every_s / 2:g}")
+    with _store(bench) as store, bench.serving(store.url, *drain, bundle=pointer) as ours:
 
         def inject(injection: Injection) -> None:
             before = status(ours)["generation"]
