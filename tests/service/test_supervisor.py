@@ -182,7 +182,9 @@ class TestReload:
             flip_a_byte(bundles[0] / "model.onnx")
             with pytest.raises(BundleError, match=r"model\.onnx has sha256"):
                 rollback(pointer)
-            pointer.write_text("first\nsecond\n")  # by hand, past the check
+            by_hand = pointer.with_name("by-hand")  # past the check
+            by_hand.write_text("first\nsecond\n")
+            by_hand.replace(pointer)
             reload = service.wait_for_reload(2)
             assert reload["outcome"] == "refused"
             assert f"bundle {bundles[0]}: model.onnx has sha256 " in reload["reason"]
