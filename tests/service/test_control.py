@@ -1,5 +1,6 @@
 """Messages between two ends."""
 
+import asyncio
 import socket
 
 import pytest
@@ -40,3 +41,15 @@ async def test_nobody_fails_by_talking_to_a_gone_end(ends):
     for _ in range(100):
         here.say("alive")
     assert [said async for said in here] == []
+
+
+async def test_last_words_of_an_end_that_has_not_listened_are_heard():
+    """Linux resets the connection then, and the error must not come before the words."""
+    ours, theirs = socket.socketpair()
+    link = await Link.over(ours)
+    link.say("status")
+    theirs.sendall(b'{"message": "failed"}\n')
+    theirs.close()  # "status" is unread
+    await asyncio.sleep(0.05)
+    assert [said async for said in link] == [{"message": "failed"}]
+    await link.close()
