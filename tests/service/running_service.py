@@ -168,6 +168,13 @@ def workers_of(supervisor: int) -> set[int]:
     return {int(pid) for pid in children.split() if _name(pid) == "mneme-worker"}
 
 
+def put(path: Path, text: str) -> None:
+    """Write a file that a service looks at, whole."""
+    staging = path.with_name(f".{path.name}.new")
+    staging.write_text(text)
+    staging.replace(path)
+
+
 @contextmanager
 def running_service(
     *arguments: str | Path, folder: Path, drain_s: float = 0.0, **environment: str

@@ -27,7 +27,7 @@ from service.experiment import read_experiment
 from tests.service.histories import NOW, records, steps, write_log
 from tests.service.live_service import PATIENCE_S, wait_until
 from tests.service.logged import events_of
-from tests.service.running_service import running_service
+from tests.service.running_service import put, running_service
 from tests.service.tiny_bundle import HISTORY_LENGTH, ITEM_IDS, change_manifest, flip_a_byte
 
 STARTED, STOPPED = "service-started", "service-stopped"
@@ -274,12 +274,10 @@ history_length = 1
             "--experiments", path, "--redis-url", redis_url, folder=tmp_path
         ) as service:
             service.wait_until_ready()
-            path.write_text(self.ARMS.format(bundle=good_bundle).replace('salt = "s"', "salt ="))
+            put(path, self.ARMS.format(bundle=good_bundle).replace('salt = "s"', "salt ="))
             assert "not TOML" in service.wait_for_reload(1)["reason"]
             assert "not TOML" in service.get("/experiments").json()["refused"]
-            path.write_text(
-                self.ARMS.format(bundle=good_bundle).replace('salt = "s"', 'salt = "t"')
-            )
+            put(path, self.ARMS.format(bundle=good_bundle).replace('salt = "s"', 'salt = "t"'))
             assert service.wait_for_reload(2)["outcome"] == "applied"
             assert service.get("/experiments").json() == {
                 "salt": "t",

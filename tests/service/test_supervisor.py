@@ -34,7 +34,7 @@ from service.wanted import read_wanted
 from tests.service.keep_alive_clients import KeepAliveClients
 from tests.service.live_service import PATIENCE_S, wait_until
 from tests.service.logged import Logged, events_of
-from tests.service.running_service import RunningService, running_service, workers_of
+from tests.service.running_service import RunningService, put, running_service, workers_of
 from tests.service.tiny_bundle import change_manifest, flip_a_byte
 
 Start = Callable[..., AbstractContextManager[RunningService]]
@@ -182,9 +182,7 @@ class TestReload:
             flip_a_byte(bundles[0] / "model.onnx")
             with pytest.raises(BundleError, match=r"model\.onnx has sha256"):
                 rollback(pointer)
-            by_hand = pointer.with_name("by-hand")  # past the check
-            by_hand.write_text("first\nsecond\n")
-            by_hand.replace(pointer)
+            put(pointer, "first\nsecond\n")  # by hand, past the check
             reload = service.wait_for_reload(2)
             assert reload["outcome"] == "refused"
             assert f"bundle {bundles[0]}: model.onnx has sha256 " in reload["reason"]
