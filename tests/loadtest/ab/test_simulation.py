@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -362,17 +362,25 @@ def in_process(world_file: Path, stand_in: StandIn, folder: Path, *flags: str) -
     return code
 
 
+@contextmanager
 def command(
     world_file: Path, stand_in: StandIn, folder: Path, *flags: str
-) -> "subprocess.Popen[str]":
-    """Start `ab` as a program of its own."""
-    return subprocess.Popen(
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run `ab` as a program of its own; a test that fails leaves nothing of it."""
+    with subprocess.Popen(
         [sys.executable, "-c", COMMAND_LINE, *arguments(world_file, stand_in, folder, *flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+        process_group=0,
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def wait_for(process: "subprocess.Popen[str]", happened: Callable[[], bool]) -> None:
