@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         if not message:
             return 0
         try:
-            pid = fork_for_parent()
+            pid = _fork_for_parent()
         except OSError as error:
             pid = -(error.errno or 1)
         if pid == 0:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     )
 
 
-def fork_for_parent() -> int:
+def _fork_for_parent() -> int:
     """Fork a child of whoever adopts this process's orphans; return its number, and 0 in it.
 
     Raises OSError where there is no room for one.

@@ -15,6 +15,7 @@ import httpx
 import polars as pl
 
 from loadtest.benchmarks.stand import RunningService, service
+from loadtest.chaos.child import give_way
 from loadtest.chaos.errors import ChaosError
 from loadtest.chaos.events import Audit, EventWriter
 from loadtest.chaos.outcome import Fault, Outcome, conclude
@@ -272,7 +273,7 @@ class Bench:
             capture_output=True,
             text=True,
             timeout=_COMMAND_TIMEOUT_S,
-            preexec_fn=None if self.hurried else _give_way,
+            preexec_fn=None if self.hurried else give_way,
         )
 
     def publish(self, pointer: Path, bundle: Path) -> None:
@@ -283,10 +284,6 @@ class Bench:
         if done.returncode:
             said = done.stderr.strip().rpartition("\n")[2]
             raise ChaosError(f"`service publish` ended with {done.returncode}: {said}")
-
-
-def _give_way() -> None:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def status(ours: RunningService) -> dict[str, Any]:

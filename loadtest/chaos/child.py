@@ -1,11 +1,17 @@
 """A process of the harness's own, which works until its stdin ends."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loadtest.chaos.errors import ChaosError
+
+
+def give_way() -> None:
+    """Let this process run where no other wants to."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Child:

@@ -38,12 +38,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=Path("runs/chaos"),
         help="a folder for each fault; the table is made of all that stand there",
     )
-    one.add_argument(
-        "--page",
-        type=Path,
-        default=Path("docs/results/reliability.md"),
-        help="where the table is written, with its figures beside it as .json",
-    )
     add_flags(one, share=0.4)
     one.set_defaults(run=run)
 

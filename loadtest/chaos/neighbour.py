@@ -5,14 +5,15 @@ again, with the scheduling class of a new generation of workers (`service/priori
 stdin ends. It prints a line when it has begun.
 """
 
-import os
 import select
 import sys
 import time
 
+from loadtest.chaos.child import give_way
+
 
 def _main(spin_s: float, every_s: float) -> None:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    give_way()
     sys.stdout.write("spinning\n")
     sys.stdout.flush()
     is_over = False

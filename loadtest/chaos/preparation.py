@@ -20,7 +20,16 @@ _CHECKPOINT = "model.pt"
 
 
 def add_flags(parser: argparse.ArgumentParser, *, share: float) -> None:
-    """Add the flags that `make_bench` reads; `share`: of the capacity, unless a rate is named."""
+    """Add the flags that `make_bench` reads, and where results are written.
+
+    `share`: of the capacity, unless a rate is named.
+    """
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=Path("docs/results/reliability.md"),
+        help="where the section is written, with its figures beside it as .json",
+    )
     parser.add_argument(
         "--bundle",
         type=Path,

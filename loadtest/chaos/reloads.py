@@ -69,12 +69,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     one.add_argument(
         "--seconds", type=float, default=30.0, help="of each load (default %(default)s)"
     )
-    one.add_argument(
-        "--page",
-        type=Path,
-        default=Path("docs/results/reliability.md"),
-        help="where the section is written, with its figures beside it as .json",
-    )
     add_flags(one, share=0.4)
     one.set_defaults(run=run)
 

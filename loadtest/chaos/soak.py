@@ -47,12 +47,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     one = commands.add_parser("soak", help="half the capacity for long: memory, descriptors, p99")
     one.add_argument("--minutes", type=float, default=30.0, help="how long (default %(default)s)")
     one.add_argument("--workers", type=int, default=1, help="processes that serve")
-    one.add_argument(
-        "--page",
-        type=Path,
-        default=Path("docs/results/reliability.md"),
-        help="where the section is written, with its figures beside it as .json",
-    )
     add_flags(one, share=0.5)
     one.set_defaults(run=run)
 
