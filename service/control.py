@@ -12,49 +12,38 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 HEARTBEAT_S = 1.0
 
+_READ_BYTES = 1 << 16
 
-class Link(asyncio.Protocol):
-    """One end of the pair. Iterating yields what the other end says, until that is gone.
 
-    A stream of asyncio's would forget what was said last when the other end goes without having
-    read all that it was told.
+class Link:
+    """One end of the pair, to be made in an event loop. Iterating yields what the other end says,
+    until that is gone.
+
+    A transport of asyncio's would forget what was said last when it finds, on writing, that the
+    other end is gone: here reading goes on until all is read.
     """
 
-    def __init__(self) -> None:
-        self._transport: asyncio.WriteTransport | None = None
+    def __init__(self, end: socket.socket) -> None:
+        """Own `end` from now on."""
+        end.settimeout(0)
+        self._end = end
+        self._loop = asyncio.get_running_loop()
         self._begun = b""
+        self._unsent = bytearray()
         self._heard: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._gone = asyncio.Event()
-
-    @classmethod
-    async def over(cls, end: socket.socket) -> "Link":
-        """Return the link over one end, which it owns from then on."""
-        _, link = await asyncio.get_running_loop().create_unix_connection(cls, sock=end)
-        return link
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Write by this transport."""
-        self._transport = cast("asyncio.WriteTransport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Take the lines apart."""
-        *lines, self._begun = (self._begun + data).split(b"\n")
-        for line in lines:
-            self._heard.put_nowait(line)
-
-    def connection_lost(self, _error: Exception | None) -> None:
-        """End the iteration, after what has been said."""
-        self._heard.put_nowait(None)
-        self._gone.set()
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
+        self._loop.add_reader(end, self._read)
 
     def say(self, message: str, **fields: object) -> None:
         """Send; what a gone end does not hear is lost."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(json.dumps({"message": message, **fields}).encode() + b"\n")
+        if self._end.fileno() >= 0:
+            self._unsent += json.dumps({"message": message, **fields}).encode() + b"\n"
+            self._write()
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         """Yield messages: objects with a `message`."""
@@ -63,6 +52,35 @@ class Link(asyncio.Protocol):
 
     async def close(self) -> None:
         """Send what is left, and end."""
-        if self._transport is not None:
-            self._transport.close()
-            await self._gone.wait()
+        await self._all_sent.wait()
+        if self._end.fileno() >= 0:
+            self._loop.remove_reader(self._end)
+            self._end.close()
+
+    def _read(self) -> None:
+        try:
+            data = self._end.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:  # the other end has not read all, and is gone
+            data = b""
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        for line in lines:
+            self._heard.put_nowait(line)
+        if not data:
+            self._loop.remove_reader(self._end)
+            self._heard.put_nowait(None)
+
+    def _write(self) -> None:
+        try:
+            del self._unsent[: self._end.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:  # the other end is gone
+            self._unsent.clear()
+        if self._unsent:
+            self._all_sent.clear()
+            self._loop.add_writer(self._end, self._write)
+        else:
+            self._all_sent.set()
+            self._loop.remove_writer(self._end)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from service.prctl import adopt_orphans
+from service.prctl import adopting_orphans
 
 # Of its imports, on a busy machine.
 _ANSWER_WITHIN_S = 120.0
@@ -68,7 +68,9 @@ class Template:
         It takes milliseconds, but for the first, which waits for the imports. Raises OSError where
         there is no room for a process.
         """
-        answer = self._ask(handed) or self._ask(handed)  # another one, where it has ended
+        # For no longer: the orphans of other programs that this process runs are not its own.
+        with adopting_orphans():
+            answer = self._ask(handed) or self._ask(handed)  # another one, where it has ended
         if not answer:
             raise OSError("what workers are forks of has ended; its stderr says why")
         pid = int(answer)
@@ -94,7 +96,6 @@ class Template:
         return b""
 
     def _start(self) -> socket.socket:
-        adopt_orphans()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  # this program

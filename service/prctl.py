@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _SET_NAME = 15
 _SET_CHILD_SUBREAPER = 36
+_GET_CHILD_SUBREAPER = 37
 
 
 def name_process(name: str) -> None:
@@ -12,12 +15,19 @@ def name_process(name: str) -> None:
     _prctl(_SET_NAME, name.encode())
 
 
-def adopt_orphans() -> None:
-    """Become the parent of all descendants whose own parent ends."""
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Become, for as long, the parent of all descendants whose own parent ends."""
+    found = ctypes.c_int()
+    _prctl(_GET_CHILD_SUBREAPER, ctypes.byref(found))
     _prctl(_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        _prctl(_SET_CHILD_SUBREAPER, found.value)
 
 
-def _prctl(option: int, value: int | bytes) -> None:
+def _prctl(option: int, value: object) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(option, value, 0, 0, 0):
         number = ctypes.get_errno()

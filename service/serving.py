@@ -49,7 +49,7 @@ def serve(control: socket.socket, listeners: list[socket.socket], start: Mapping
     )
 
     async def work() -> int:
-        link = await Link.over(control)
+        link = Link(control)
         try:
             return await _Worker(settings, link, listeners).run(start)
         except Exception as error:  # noqa: BLE001  # whatever it is, the supervisor must hear of it

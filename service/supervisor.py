@@ -248,7 +248,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         with theirs, _file_of(start) as file:
             # First: nothing may fail between the start of a process and its place in the set.
-            link = await Link.over(ours)
+            link = Link(ours)
             sockets = [one.fileno() for one in (theirs, *self._listeners)]
             try:
                 process = self._template.fork([file.fileno(), *sockets])

@@ -11,7 +11,7 @@ from service.control import Link
 @pytest.fixture
 async def ends():
     one, other = socket.socketpair()
-    here, there = await Link.over(one), await Link.over(other)
+    here, there = Link(one), Link(other)
     yield here, there
     await here.close()
     await there.close()
@@ -46,10 +46,32 @@ async def test_nobody_fails_by_talking_to_a_gone_end(ends):
 async def test_last_words_of_an_end_that_has_not_listened_are_heard():
     """Linux resets the connection then, and the error must not come before the words."""
     ours, theirs = socket.socketpair()
-    link = await Link.over(ours)
+    link = Link(ours)
     link.say("status")
     theirs.sendall(b'{"message": "failed"}\n')
     theirs.close()  # "status" is unread
     await asyncio.sleep(0.05)
     assert [said async for said in link] == [{"message": "failed"}]
     await link.close()
+
+
+async def test_last_words_are_heard_by_an_end_that_goes_on_talking():
+    """It finds on writing that the other one is gone, before it has read."""
+    ours, theirs = socket.socketpair()
+    link = Link(ours)
+    theirs.sendall(b'{"message": "failed"}\n')
+    theirs.close()
+    link.say("status")
+    link.say("status")
+    assert [said async for said in link] == [{"message": "failed"}]
+    await link.close()
+
+
+async def test_an_end_that_is_closed_says_nothing():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        link = Link(ours)
+        await link.close()
+        link.say("status")
+        await link.close()
+        assert theirs.recv(1) == b""

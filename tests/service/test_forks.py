@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +53,18 @@ async def test_a_worker_is_a_child_of_who_asked_and_tells_how_it_ended(template,
     assert parent_of(fork.pid) == os.getpid()
     assert await status_of(fork) == 1  # what it was to serve is no experiment
     fork.kill()  # which does nothing any more
+
+
+def test_orphans_of_other_programs_are_not_adopted(template, hand):
+    asyncio.run(status_of(template.fork(hand())))
+    shell = subprocess.run(
+        ["sh", "-c", "sleep 60 >&- 2>&- & echo $!"], capture_output=True, check=True
+    )
+    orphan = int(shell.stdout)
+    try:
+        assert parent_of(orphan) != os.getpid()
+    finally:
+        os.kill(orphan, signal.SIGKILL)
 
 
 async def test_one_that_is_killed_ends_by_that_signal(template, hand):
