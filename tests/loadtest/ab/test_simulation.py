@@ -238,12 +238,14 @@ class TestEnd:
         flags = ["--ui", "--ui-port", str(port), "--users", "2", "--processes", "2"]
         page = f"http://127.0.0.1:{port}"
 
-        def start() -> bool:
-            answer = httpx.post(f"{page}/swarm", data={"user_count": 2, "spawn_rate": 2})
-            return bool(answer.json()["success"])  # not before a process of people is there
+        def people_are_there() -> bool:
+            return bool(httpx.get(f"{page}/worker-count").json()["worker_count"] == 2)
 
         with command(world_file, stand_in, folder, *flags) as process:
-            wait_for(process, start)
+            # Locust says that a run has been started when there is nobody to run it, too.
+            wait_for(process, people_are_there)
+            people = {"user_count": 2, "spawn_rate": 2}
+            httpx.post(f"{page}/swarm", data=people, timeout=PATIENCE_S).raise_for_status()
             wait_for(process, lambda: len(stand_in.asked.get("/events", [])) > 20)
             process.send_signal(signal.SIGINT)
             printed, complaints = process.communicate(timeout=PATIENCE_S)
