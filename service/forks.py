@@ -82,16 +82,24 @@ class Template:
         """End the template; its forks are left alone."""
         if self._end is not None and self._process is not None:
             self._end.close()
+            # Rather than wait for it to end: it may be what does not answer.
+            self._process.kill()
             self._process.wait()
             self._end = self._process = None
 
     def _ask(self, handed: Sequence[int]) -> bytes:
         if self._end is None:
             self._end = self._start()
-        with suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._end, [b"\0"], handed)
-            if answer := self._end.recv(_ANSWER_BYTES):
-                return answer
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                socket.send_fds(self._end, [b"\0"], handed)
+                if answer := self._end.recv(_ANSWER_BYTES):
+                    return answer
+        except TimeoutError:
+            self.close()  # its answer must not become that to the next question
+            raise TimeoutError(
+                f"what workers are forks of has not answered within {_ANSWER_WITHIN_S:g} s"
+            ) from None
         self.close()
         return b""
 

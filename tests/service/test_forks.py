@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from service import forks
 from service.forks import Fork, Template
 from tests.service.live_service import PATIENCE_S
 
@@ -82,6 +83,15 @@ async def test_a_template_that_has_ended_is_started_again(template, hand):
     os.kill(pid, signal.SIGKILL)
     assert await status_of(template.fork(hand())) == 1
     assert template_pids() != {pid}
+
+
+async def test_a_template_that_does_not_answer_is_started_again(template, hand, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(forks, "_ANSWER_WITHIN_S", 0.01)  # less than it takes to import
+        with pytest.raises(OSError, match=r"not answered within 0\.01 s"):
+            template.fork(hand())
+    assert template_pids() == set()
+    assert await status_of(template.fork(hand())) == 1
 
 
 async def test_without_room_for_a_process_it_says_so_and_goes_on(template, hand):
