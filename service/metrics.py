@@ -265,8 +265,8 @@ class Metrics:
         # The worst of all workers.
         self.redis_breaker_state = Gauge(
             "mneme_redis_breaker_state",
-            "Circuit breaker of a node of Redis: 0 closed, 1 half-open, 2 open.",
-            ("node",),
+            "Circuit breakers of a node of Redis, the worst: 0 closed, 1 half-open, 2 open.",
+            ("node", "operation"),
             multiprocess_mode="livemax",
             registry=self.registry,
         )

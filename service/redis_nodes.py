@@ -5,7 +5,9 @@ once: one round trip for each node, without redis-py's work for each command and
 
 Every call has a time within which it must end. What fails at once (a connection that a restarted
 Redis has closed) is repeated within it, after a moment; so only what may be done twice is asked.
-A node that fails again and again is left alone by a circuit breaker.
+A node that fails again and again is left alone by a circuit breaker. Each operation has its own,
+and so has each time within which calls must end: a node that is too slow for the few milliseconds
+of a score may well be fast enough for an append.
 """
 
 import asyncio
@@ -15,6 +17,7 @@ import random
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +56,8 @@ _log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 Operation = Literal["fetch", "append"]
+# What is done, and the seconds within which it must be.
+_Kind = tuple[Operation, float]
 # A key, None where any node will do, and the packed commands that concern it.
 Asked = tuple[bytes | None, Sequence[bytes]]
 # The replies, in the order of the commands, those that are errors too; or no replies.
@@ -107,8 +112,20 @@ class Patience:
         self._timeout.reschedule(now + _LATE_S if now - self._until > _LATE_S else now)
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is asked of one node or several: its kind, and the time of the loop when it must end."""
+
+    kind: _Kind
+    until: float
+
+    @property
+    def operation(self) -> Operation:
+        return self.kind[0]
+
+
 class _Lane:
-    """The way to one node: its connections, and its breaker."""
+    """The way to one node: its connections, and its breakers."""
 
     def __init__(
         self, name: str, pool: ConnectionPool, *, connect_timeout_s: float, metrics: "Metrics"
@@ -116,12 +133,22 @@ class _Lane:
         self._name = name
         self._pool = pool
         self._connect_timeout_s = connect_timeout_s
-        self._state = metrics.redis_breaker_state.labels(name)
-        self._state.set(BreakerState.CLOSED)
-        self._opened: float | None = None
+        self._states = {
+            operation: metrics.redis_breaker_state.labels(name, operation) for operation in _PAUSE_S
+        }
+        self._breakers: dict[_Kind, CircuitBreaker] = {}
+        # Since when those are open that are.
+        self._opened: dict[_Kind, float] = {}
         self._connecting: set[asyncio.Task[AbstractConnection]] = set()
         self._releasing: set[asyncio.Task[None]] = set()
-        self.breaker = self._new_breaker()
+        self._show_closed()
+
+    def breaker(self, kind: _Kind) -> CircuitBreaker:
+        """Return the breaker of calls of one kind."""
+        breaker = self._breakers.get(kind)
+        if breaker is None:
+            breaker = self._breakers[kind] = self._new_breaker(kind)
+        return breaker
 
     async def exchange(self, commands: bytes, n_replies: int, until: float) -> list[Any]:
         """Send commands and return the replies, errors in their places, by a time of the loop.
@@ -146,9 +173,9 @@ class _Lane:
 
     async def rest(self) -> None:
         """Close what is open: there is nothing to ask for at present."""
-        self.breaker = self._new_breaker()
-        self._state.set(BreakerState.CLOSED)
-        self._opened = None
+        self._breakers.clear()
+        self._opened.clear()
+        self._show_closed()
         await self._pool.disconnect()
 
     async def close(self) -> None:
@@ -156,7 +183,7 @@ class _Lane:
         for task in (*self._connecting, *self._releasing):
             task.cancel()
         await asyncio.gather(*self._connecting, *self._releasing, return_exceptions=True)
-        self._state.set(BreakerState.CLOSED)
+        self._show_closed()
         await self._pool.aclose()
 
     async def _connection(self, until: float) -> AbstractConnection:
@@ -203,25 +230,36 @@ class _Lane:
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
 
-    def _new_breaker(self) -> CircuitBreaker:
+    def _new_breaker(self, kind: _Kind) -> CircuitBreaker:
         def tell(state: BreakerState, reason: str) -> None:
             # A call that began before a rest still counts for the breaker of that time.
-            if breaker is self.breaker:
-                self._tell(state, reason)
+            if self._breakers.get(kind) is breaker:
+                self._tell(kind, state, reason)
 
         breaker = CircuitBreaker(on_change=tell)
         return breaker
 
-    def _tell(self, state: BreakerState, reason: str) -> None:
-        self._state.set(state)
+    def _show_closed(self) -> None:
+        for state in self._states.values():
+            state.set(BreakerState.CLOSED)
+
+    def _tell(self, kind: _Kind, state: BreakerState, reason: str) -> None:
+        operation, limit_s = kind
+        self._states[operation].set(
+            max(one.state for (of, _), one in self._breakers.items() if of == operation)
+        )
         now = time.monotonic()
+        told: dict[str, Any] = {
+            "node": self._name,
+            "operation": operation,
+            "within_s": limit_s,
+        }
         if state is BreakerState.CLOSED:
-            away_s = 0.0 if self._opened is None else round(now - self._opened, 3)
-            self._opened = None
-            log_event(_log, logging.INFO, "redis-back", node=self._name, away_s=away_s)
-        elif state is BreakerState.OPEN and self._opened is None:
-            self._opened = now
-            log_event(_log, logging.WARNING, "redis-away", node=self._name, reason=reason)
+            away_s = round(now - self._opened.pop(kind, now), 3)
+            log_event(_log, logging.INFO, "redis-back", **told, away_s=away_s)
+        elif state is BreakerState.OPEN and kind not in self._opened:
+            self._opened[kind] = now
+            log_event(_log, logging.WARNING, "redis-away", **told, reason=reason)
 
 
 class _OneNode:
@@ -385,11 +423,13 @@ class RedisNodes:
         """
         if not asked:
             return []
-        until = asyncio.get_running_loop().time() + min(self._timeout_s, timeout_s)
+        limit_s = min(self._timeout_s, timeout_s)
+        until = asyncio.get_running_loop().time() + limit_s
+        call = _Call((operation, limit_s), until)
         topology = self._topology
         if isinstance(topology, _OneNode):
             commands = [of_key for _, of_key in asked]
-            return await self._ask_lane(topology.lane, commands, operation, until)
+            return await self._ask_lane(topology.lane, commands, call)
         if not topology.lanes():
             await topology.find(until)
         outcome: list[Replies] = [HistoryUnavailableError(_NOWHERE)] * len(asked)
@@ -406,9 +446,7 @@ class RedisNodes:
                     ways.setdefault((lane, named is not None), []).append(n)
             found = await _gathered(
                 [
-                    self._ask_lane(
-                        lane, [asked[n][1] for n in places], operation, until, is_named=is_named
-                    )
+                    self._ask_lane(lane, [asked[n][1] for n in places], call, is_named=is_named)
                     for (lane, is_named), places in ways.items()
                 ]
             )
@@ -418,7 +456,7 @@ class RedisNodes:
             left, must_wait = _redirections(topology, outcome, left)
             if not left:
                 return outcome
-            if must_wait and not await self._pause(operation, 0, until):
+            if must_wait and not await self._pause(call, 0):
                 break
         for n in left:
             outcome[n] = HistoryUnavailableError(_IS_MOVING)
@@ -447,39 +485,32 @@ class RedisNodes:
         self,
         lane: _Lane,
         commands: Sequence[Sequence[bytes]],
-        operation: Operation,
-        until: float,
+        call: _Call,
         *,
         is_named: bool = False,
     ) -> list[Replies]:
-        if not lane.breaker.allows():
+        if not lane.breaker(call.kind).allows():
             self._topology.suspect()
             return [HistoryUnavailableError(_LEFT_ALONE)] * len(commands)
         flat = [command for some in commands for command in some]
         if is_named:
             # The node takes part in a move: it answers for keys that are there only when told so.
             replies = await self._exchange(
-                lane,
-                b"".join(_ASKING + command for command in flat),
-                2 * len(flat),
-                operation,
-                until,
+                lane, b"".join(_ASKING + command for command in flat), 2 * len(flat), call
             )
             if isinstance(replies, list):
                 replies = replies[1::2]
         else:
-            replies = await self._exchange(lane, b"".join(flat), len(flat), operation, until)
+            replies = await self._exchange(lane, b"".join(flat), len(flat), call)
         if isinstance(replies, HistoryUnavailableError):
             return [replies] * len(commands)
         each = iter(replies)
         return [list(islice(each, len(some))) for some in commands]
 
-    async def _exchange(
-        self, lane: _Lane, commands: bytes, n_replies: int, operation: Operation, until: float
-    ) -> Replies:
-        breaker = lane.breaker
+    async def _exchange(self, lane: _Lane, commands: bytes, n_replies: int, call: _Call) -> Replies:
+        breaker = lane.breaker(call.kind)
         try:
-            outcome = await self._repeated(lane, commands, n_replies, operation, until)
+            outcome = await self._repeated(lane, commands, n_replies, call)
         except BaseException:
             breaker.gave_up()
             raise
@@ -494,18 +525,16 @@ class RedisNodes:
         return HistoryUnavailableError(f"Redis did not answer: {type(outcome).__name__}")
 
     async def _repeated(
-        self, lane: _Lane, commands: bytes, n_replies: int, operation: Operation, until: float
+        self, lane: _Lane, commands: bytes, n_replies: int, call: _Call
     ) -> list[Any] | Exception:
         """Return the replies, or the last failure."""
         for repetition in count():
             try:
-                replies = await lane.exchange(commands, n_replies, until)
+                replies = await lane.exchange(commands, n_replies, call.until)
             except (AuthenticationError, BusyLoadingError) as error:
                 return error  # both are lost connections to redis-py
             except (RedisConnectionError, ReadOnlyError) as error:
-                if repetition == _MAX_REPETITIONS or not await self._pause(
-                    operation, repetition, until
-                ):
+                if repetition == _MAX_REPETITIONS or not await self._pause(call, repetition):
                     return error
             except _FAILURES as error:
                 return error
@@ -514,12 +543,12 @@ class RedisNodes:
                 return replies[0] if isinstance(replies[0], ClusterDownError) else replies
         raise AssertionError("unreachable")
 
-    async def _pause(self, operation: Operation, repetition: int, until: float) -> bool:
+    async def _pause(self, call: _Call, repetition: int) -> bool:
         """Wait for a moment; return whether there is time for that and for more."""
-        pause_s = random.uniform(0.0, _PAUSE_S[operation] * 2**repetition)  # noqa: S311
-        if asyncio.get_running_loop().time() + pause_s >= until:
+        pause_s = random.uniform(0.0, _PAUSE_S[call.operation] * 2**repetition)  # noqa: S311
+        if asyncio.get_running_loop().time() + pause_s >= call.until:
             return False
-        self._retries[operation].inc()
+        self._retries[call.operation].inc()
         await asyncio.sleep(pause_s)
         return True
 

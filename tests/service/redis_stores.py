@@ -1,6 +1,7 @@
 """Stores on real Redis servers of the tests' own, and what is expected of them in trouble."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -48,11 +49,13 @@ async def fill(store: HistoryStore, histories: Mapping[str, bytes]) -> None:
     )
 
 
-async def until_it_answers(store: HistoryStore, histories: Mapping[str, bytes]) -> None:
+async def until_it_answers(
+    store: HistoryStore, histories: Mapping[str, bytes], *, timeout_s: float = math.inf
+) -> None:
     """Return when all histories are read again; whatever is read before must be right, too."""
     async with asyncio.timeout(_PATIENCE_S):
         while True:
-            found = await store.fetch(list(histories), KEEP)
+            found = await store.fetch(list(histories), KEEP, timeout_s=timeout_s)
             if found == list(histories.values()):
                 return
             for one, expected in zip(found, histories.values(), strict=True):

@@ -27,7 +27,7 @@ from tests.service.redis_stores import fill, open_store, some_histories, until_i
 
 HISTORIES = some_histories(5)
 USERS = list(HISTORIES)
-BREAKER = {"name": "mneme_redis_breaker_state", "node": "primary"}
+BREAKER = {"name": "mneme_redis_breaker_state", "node": "primary", "operation": "fetch"}
 
 
 @contextmanager
@@ -212,14 +212,31 @@ class TestBreaker:
                 await fill(store, HISTORIES)
                 process.send_signal(signal.SIGSTOP)
                 for _ in range(MAX_FAILURES):
-                    await store.fetch(["ann"], 8, timeout_s=0.01)
+                    await store.fetch(["ann"], 8, timeout_s=0.1)
                 while store.counted(**BREAKER) != BreakerState.HALF_OPEN:
-                    probe = asyncio.create_task(store.fetch(["ann"], 8))
+                    probe = asyncio.create_task(store.fetch(["ann"], 8, timeout_s=0.1))
                     await asyncio.sleep(0.02)
                 probe.cancel()
                 await asyncio.gather(probe, return_exceptions=True)
                 process.send_signal(signal.SIGCONT)
-                await until_it_answers(store, HISTORIES)
+                await until_it_answers(store, HISTORIES, timeout_s=0.1)
+
+    async def test_those_who_have_time_keep_it_neither_closed_nor_open(self, logged):
+        """Or each read that has little would go on to be waited for in vain."""
+        with redis_process() as process:
+            async with (
+                proxy(process.port, delay_s=0.1) as port,
+                open_store(f"redis://127.0.0.1:{port}/0", timeout_s=30.0) as store,
+            ):
+                for n in range(2 * MAX_FAILURES):
+                    assert await store.append({"ann": records((n + 1, NOW))})
+                    await store.fetch(["ann"], 8, timeout_s=0.02)
+                (event,) = logged.events("redis-away")
+                assert (event["operation"], event["within_s"]) == ("fetch", 0.02)
+                assert store.counted(**BREAKER) == BreakerState.OPEN
+                assert store.counted(**{**BREAKER, "operation": "append"}) == BreakerState.CLOSED
+                assert await store.fetch(["bob"], 8) == [b""]
+                assert store.counted(**BREAKER) == BreakerState.OPEN
 
     async def test_it_is_told_once_that_redis_is_away_and_that_it_is_back(self, logged):
         with redis_process() as process:
@@ -347,7 +364,9 @@ class TestRest:
             await lane.rest()
             for (outcome,) in await asyncio.gather(*calls):
                 assert isinstance(outcome, HistoryUnavailableError)
-            state = metrics.registry.get_sample_value("mneme_redis_breaker_state", {"node": "node"})
+            state = metrics.registry.get_sample_value(
+                "mneme_redis_breaker_state", {"node": "node", "operation": "fetch"}
+            )
             assert state == BreakerState.CLOSED
             await nodes.close()
         assert logged.events("redis-away") == []

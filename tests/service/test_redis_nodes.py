@@ -113,7 +113,9 @@ class TestCluster:
                         set(USERS) - lost
                     )
                 assert store.counted(
-                    "mneme_redis_breaker_state", node=f"127.0.0.1:{cluster.nodes[2].port}"
+                    "mneme_redis_breaker_state",
+                    node=f"127.0.0.1:{cluster.nodes[2].port}",
+                    operation="fetch",
                 )
                 with pytest.raises(HistoryUnavailableError):
                     await store.append(HISTORIES)
