@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from datetime import date
@@ -92,7 +93,10 @@ def _serve(arguments: list[str]) -> int:
             admin = f", metrics and admin at http://{settings.admin_host}:{settings.admin_port}"
 
         def announce(url: str) -> None:
-            print(f"serving {', '.join(wanted.versions)} at {url}{admin}", flush=True)
+            try:
+                print(f"serving {', '.join(wanted.versions)} at {url}{admin}", flush=True)
+            except OSError:  # nobody reads it, which is no reason not to serve
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
         async def supervise() -> int:
             supervisor = Supervisor(settings, listeners, folder=Path(folder))
@@ -268,4 +272,9 @@ _COMMANDS = {
 
 
 if __name__ == "__main__":
+    # As the first process of a container it would not hear what it has no handler for; from
+    # elsewhere, it would leave its folder behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # Where the parent ignored it, nobody could wait for a process.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.exit(main())

@@ -58,18 +58,21 @@ class Link:
             self._end.close()
 
     def _read(self) -> None:
-        try:
-            data = self._end.recv(_READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:  # the other end has not read all, and is gone
-            data = b""
-        *lines, self._begun = (self._begun + data).split(b"\n")
-        for line in lines:
-            self._heard.put_nowait(line)
-        if not data:
-            self._loop.remove_reader(self._end)
-            self._heard.put_nowait(None)
+        # To the end: uvloop tells only once of a connection that was reset.
+        while True:
+            try:
+                data = self._end.recv(_READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:  # the other end has not read all, and is gone
+                data = b""
+            *lines, self._begun = (self._begun + data).split(b"\n")
+            for line in lines:
+                self._heard.put_nowait(line)
+            if not data:
+                self._loop.remove_reader(self._end)
+                self._heard.put_nowait(None)
+                return
 
     def _write(self) -> None:
         try:

@@ -16,9 +16,11 @@ from contextlib import suppress
 
 from service.prctl import adopting_orphans
 
-# Of its imports, on a busy machine.
-_ANSWER_WITHIN_S = 120.0
+# The first answer waits for its imports, on a busy machine.
+_FIRST_ANSWER_WITHIN_S = 120.0
+_ANSWER_WITHIN_S = 10.0
 _ANSWER_BYTES = 256
+_HAS_ENDED = "what workers are forks of has ended; its stderr says why"
 
 
 class Fork:
@@ -70,13 +72,16 @@ class Template:
         """
         # For no longer: the orphans of other programs that this process runs are not its own.
         with adopting_orphans():
-            answer = self._ask(handed) or self._ask(handed)  # another one, where it has ended
-        if not answer:
-            raise OSError("what workers are forks of has ended; its stderr says why")
+            answer = self._asked_once_or_twice(handed)
         pid = int(answer)
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid))
-        return Fork(pid)
+        try:
+            return Fork(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def close(self) -> None:
         """End the template; its forks are left alone."""
@@ -87,21 +92,33 @@ class Template:
             self._process.wait()
             self._end = self._process = None
 
+    def _asked_once_or_twice(self, handed: Sequence[int]) -> bytes:
+        for _ in range(2):
+            # One that has ended before it read the question has made no fork.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                return self._ask(handed)
+        raise OSError(_HAS_ENDED)
+
     def _ask(self, handed: Sequence[int]) -> bytes:
         if self._end is None:
             self._end = self._start()
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                socket.send_fds(self._end, [b"\0"], handed)
-                if answer := self._end.recv(_ANSWER_BYTES):
-                    return answer
+            socket.send_fds(self._end, [b"\0"], handed)
+            answer = self._end.recv(_ANSWER_BYTES)
+            if not answer:
+                raise OSError(_HAS_ENDED)
         except TimeoutError:
+            limit_s = self._end.gettimeout()
             self.close()  # its answer must not become that to the next question
-            raise TimeoutError(
-                f"what workers are forks of has not answered within {_ANSWER_WITHIN_S:g} s"
+            # No TimeoutError: nothing else was too slow.
+            raise OSError(
+                f"what workers are forks of has not answered within {limit_s:g} s"
             ) from None
-        self.close()
-        return b""
+        except OSError:
+            self.close()
+            raise
+        self._end.settimeout(_ANSWER_WITHIN_S)
+        return answer
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -114,5 +131,5 @@ class Template:
                 # A library's own threads would not be in its forks.
                 env={**self._environment, "OPENBLAS_NUM_THREADS": "1"},
             )
-        ours.settimeout(_ANSWER_WITHIN_S)
+        ours.settimeout(_FIRST_ANSWER_WITHIN_S)
         return ours

@@ -8,6 +8,7 @@ crash with.
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -37,6 +38,9 @@ _SERVING_WITHIN_S = 10.0
 _SHORT_LIFE_S = 10.0
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
+# Before another try of what the machine had no room for: one more may cost what serves its own.
+_FIRST_RETRY_S = 30.0
+_LONGEST_RETRY_S = 600.0
 # A worker that notices by itself that it is wedged can say where, and ends with this status.
 _WEDGED = os.EX_TEMPFAIL
 _LAST_WORDS_S = 5.0
@@ -50,7 +54,14 @@ _log = logging.getLogger(__name__)
 
 
 class RefusedError(Exception):
-    """A generation of workers that cannot serve; the message says why."""
+    """A generation of workers that cannot serve; the message says why.
+
+    `may_pass`: by the machine, as far as one can tell, and not by what was to be served.
+    """
+
+    def __init__(self, reason: str, *, may_pass: bool = True) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
 
 
 class _Worker:
@@ -63,7 +74,7 @@ class _Worker:
         self.generation = number
         self.state = "starting"
         self.may_accept = False
-        self.heard = self.born = time.monotonic()
+        self.heard = self.began = time.monotonic()
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.serving: asyncio.Future[None] = loop.create_future()
@@ -78,7 +89,8 @@ class _Worker:
 
     @property
     def lived_s(self) -> float:
-        return time.monotonic() - self.born
+        """Since it may serve, however long it took to open what it serves."""
+        return time.monotonic() - self.began
 
     def hear(self, said: dict[str, Any]) -> None:
         """Take in what it says of itself."""
@@ -96,6 +108,7 @@ class _Worker:
     def accept(self) -> None:
         """Let it serve. From now on it is replaced when it ends."""
         self.may_accept = True
+        self.began = time.monotonic()
         self.link.say("accept")
 
     def leave(self, within_s: float) -> None:
@@ -115,7 +128,10 @@ class _Worker:
         status = await self._process.wait()
         self.is_wedged = self.is_wedged or status == _WEDGED
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        refusal = RefusedError(self._reason or f"a worker ended with {how} before it could serve")
+        refusal = RefusedError(
+            self._reason or f"a worker ended with {how} before it could serve",
+            may_pass=self._reason is None,
+        )
         for future in (self.ready, self.serving):
             if not future.done():
                 future.set_exception(refusal)
@@ -143,6 +159,8 @@ class Supervisor:
         self._served: Wanted | None = None
         self._short_lives = 0
         self._tried: str | None = None
+        self._retry_from = math.inf
+        self._retry_s = _FIRST_RETRY_S
         self._refused: str | None = None
         self._reload: ReloadStatus | None = None
         self._reloading = False
@@ -166,6 +184,8 @@ class Supervisor:
                 await self._unless(self._ending, self._watch(), self._tend())
             return await self._drain()
         finally:
+            self._replace_nobody()
+            await asyncio.gather(*self._replacing, return_exceptions=True)
             await self._kill(self._workers)
             self._template.close()
 
@@ -344,11 +364,18 @@ class Supervisor:
                 # What could not be served is gone again.
                 self._tried = self._refused = None
                 self._tell()
-            if asked or not (is_served or wanted.fingerprint == self._tried):
-                self._tried = wanted.fingerprint
+            is_new = not is_served and wanted.fingerprint != self._tried
+            is_due = not is_served and began >= self._retry_from
+            if asked or is_new or is_due:
+                if is_new:
+                    self._retry_s = _FIRST_RETRY_S
+                self._tried, self._retry_from = wanted.fingerprint, math.inf
                 await self._try(wanted, began)
         except RefusedError as error:
             self._refuse(str(error), began, asked=asked, is_served=is_served)
+            if error.may_pass:
+                self._retry_from = time.monotonic() + self._retry_s
+                self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)
         except (ContractError, ExperimentError) as error:
             self._tried = None
             self._refuse(str(error), began, asked=asked, is_served=is_served)
@@ -428,9 +455,7 @@ class Supervisor:
 
     async def _drain(self) -> int:
         """Say that no more should come, serve on, finish what is in flight; return the status."""
-        self._generation = 0  # from here on nobody is replaced
-        for task in self._replacing:
-            task.cancel()
+        self._replace_nobody()
         log_event(_log, logging.INFO, "draining", for_s=self._settings.drain_s)
         for worker in self._workers:
             worker.link.say("drain")
@@ -438,6 +463,11 @@ class Supervisor:
             return 0
         log_event(_log, logging.WARNING, "drain-broken-off")
         return 1
+
+    def _replace_nobody(self) -> None:
+        self._generation = 0
+        for task in self._replacing:
+            task.cancel()
 
     async def _end_all(self) -> None:
         if any(worker.state == "serving" for worker in self._workers):

@@ -177,12 +177,22 @@ def put(path: Path, text: str) -> None:
 
 @contextmanager
 def running_service(
-    *arguments: str | Path, folder: Path, drain_s: float = 0.0, **environment: str
+    *arguments: str | Path,
+    folder: Path,
+    drain_s: float = 0.0,
+    output: Path | None = None,
+    **environment: str,
 ) -> Iterator[RunningService]:
-    """Run the service in a process group of its own; kill all of it that the test did not end."""
+    """Run the service in a process group of its own; kill all of it that the test did not end.
+
+    `output`: what its stdout is, a file in the folder unless said.
+    """
     port = free_port()
     # Files, because whoever writes to a pipe that nobody reads comes to a halt.
-    with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+    with (
+        (output or folder / "stdout").open("wb") as stdout,
+        (folder / "stderr").open("wb") as stderr,
+    ):
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "service", "--port", str(port), "--threads", "1"),

@@ -2,8 +2,10 @@
 
 import asyncio
 import socket
+from typing import Any
 
 import pytest
+import uvloop
 
 from service.control import Link
 
@@ -53,6 +55,25 @@ async def test_last_words_of_an_end_that_has_not_listened_are_heard():
     await asyncio.sleep(0.05)
     assert [said async for said in link] == [{"message": "failed"}]
     await link.close()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_the_end_of_an_end_that_has_not_listened_is_noticed_by_one_that_has_not(new_loop):
+    """The supervisor's loop is asyncio's, that of workers uvloop's, which tells of it once."""
+
+    async def heard() -> list[dict[str, Any]]:
+        ours, theirs = socket.socketpair()
+        link = Link(ours)
+        link.say("alive")
+        theirs.sendall(b'{"message": "status"}\n')
+        theirs.close()
+        async with asyncio.timeout(10.0):
+            found = [said async for said in link]
+        await link.close()
+        return found
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(heard()) == [{"message": "status"}]
 
 
 async def test_last_words_are_heard_by_an_end_that_goes_on_talking():

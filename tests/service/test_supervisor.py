@@ -121,6 +121,8 @@ def supervise(pointer, redis_url, tmp_path, monkeypatch) -> Supervise:
         tested = supervisor.Supervisor(settings, bind(settings), folder=tmp_path)
         running = asyncio.create_task(tested.run(read_wanted(settings), announce=url.set_result))
         await asyncio.wait([url, running], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
         try:
             async with httpx.AsyncClient(
                 base_url=await url, trust_env=False, verify=False, timeout=PATIENCE_S
@@ -255,6 +257,49 @@ class TestWhatCannotBeStarted:
             status = await supervised.get("/admin/status")
             assert {one["pid"] for one in status["workers"]} == before
             assert status["generation"] == 1
+
+    async def test_what_the_machine_had_no_room_for_is_tried_again(
+        self, supervise, monkeypatch, pointer, bundles, logged
+    ):
+        fork = Template.fork
+        n_asked = 0
+
+        def not_at_first(template: Template, handed: Sequence[int]) -> Fork:
+            nonlocal n_asked
+            n_asked += 1
+            if n_asked <= 2:
+                raise BlockingIOError(errno.EAGAIN, "no process")
+            return fork(template, handed)
+
+        monkeypatch.setattr(supervisor, "_FIRST_RETRY_S", 0.1)
+        async with supervise() as supervised:
+            monkeypatch.setattr(Template, "fork", not_at_first)
+            publish(pointer, bundles[1])
+            await asyncio.to_thread(logged.wait_for, "reload-applied")
+            assert n_asked == 3
+            # The same again is no news.
+            assert len(logged.events("reload-refused")) == 1
+            assert (await supervised.get("/admin/status"))["refused"] is None
+
+    async def test_what_a_worker_has_found_wrong_is_not_tried_again(
+        self, supervise, monkeypatch, pointer, bundles, logged
+    ):
+        fork = Template.fork
+        n_forks = 0
+
+        def counted(template: Template, handed: Sequence[int]) -> Fork:
+            nonlocal n_forks
+            n_forks += 1
+            return fork(template, handed)
+
+        monkeypatch.setattr(supervisor, "_FIRST_RETRY_S", 0.1)
+        async with supervise():
+            monkeypatch.setattr(Template, "fork", counted)
+            flip_a_byte(bundles[1] / "model.onnx")
+            put(pointer, f"{bundles[1]}\n")
+            await asyncio.to_thread(logged.wait_for, "reload-refused")
+            await asyncio.sleep(0.5)
+            assert n_forks == 1
 
     async def test_a_replacement_that_is_not_ready_in_time_is_given_up(
         self, supervise, monkeypatch, logged
@@ -421,6 +466,45 @@ class TestWorkers:
             service.process.send_signal(signal.SIGCONT)
             time.sleep(2)
             assert service.serving() == before
+
+
+class TestBeginning:
+    def test_who_ends_it_then_finds_nothing_left_of_it(self, pointer, redis_url, tmp_path):
+        given = ("--bundle", pointer, "--redis-url", redis_url)
+        with running_service(*given, folder=tmp_path) as service:
+            wait_until(lambda: service.metrics_folders != [], "it has begun")
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(PATIENCE_S) in (0, 128 + signal.SIGTERM)
+            assert service.metrics_folders == []
+            wait_until(lambda: service.living() == [], "all processes have ended")
+
+    def test_that_nobody_can_be_told_its_url_is_no_reason_not_to_serve(
+        self, pointer, redis_url, tmp_path
+    ):
+        given = ("--bundle", pointer, "--redis-url", redis_url)
+        with running_service(*given, folder=tmp_path, output=Path("/dev/full")) as service:
+            service.wait_until_ready()
+            assert service.score()["version"] == "tiny-1"
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(PATIENCE_S) == 0
+
+    async def test_whoever_fails_to_announce_it_leaves_no_worker_behind(
+        self, pointer, redis_url, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+        settings = Settings(bundle=pointer, redis_url=redis_url, port=0, threads=1, workers=2)
+        listeners = bind(settings)
+        tested = supervisor.Supervisor(settings, listeners, folder=tmp_path)
+
+        def announce(_url: str) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            async with asyncio.timeout(PATIENCE_S):
+                await tested.run(read_wanted(settings), announce=announce)
+        assert workers_of(os.getpid()) == set()
+        for listener in listeners:
+            listener.close()
 
 
 class TestEnd:
