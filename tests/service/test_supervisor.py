@@ -135,6 +135,24 @@ def supervise(pointer, redis_url, tmp_path, monkeypatch) -> Supervise:
     return begin
 
 
+def hinder_forks(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[int]:
+    """Let there be no room for the n-th fork from now on where it says so of n, from 1 on.
+
+    Returns the numbers of those that have been asked for, as they are.
+    """
+    fork = Template.fork
+    asked: list[int] = []
+
+    def tried(template: Template, handed: Sequence[int]) -> Fork:
+        asked.append(len(asked) + 1)
+        if fails(asked[-1]):
+            raise BlockingIOError(errno.EAGAIN, "no process")
+        return fork(template, handed)
+
+    monkeypatch.setattr(Template, "fork", tried)
+    return asked
+
+
 def priorities(pid: int) -> set[tuple[int, int]]:
     """Return scheduling policy and niceness of the threads of a process."""
     threads = [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
@@ -237,19 +255,9 @@ class TestWhatCannotBeStarted:
     async def test_of_a_generation_that_cannot_all_be_started_nobody_is_left(
         self, supervise, monkeypatch
     ):
-        fork = Template.fork
-        n_forked = 0
-
-        def only_one(template: Template, handed: Sequence[int]) -> Fork:
-            nonlocal n_forked
-            n_forked += 1
-            if n_forked > 1:
-                raise BlockingIOError(errno.EAGAIN, "no process")
-            return fork(template, handed)
-
         async with supervise(workers=2) as supervised:
             before = workers_of(os.getpid())
-            monkeypatch.setattr(Template, "fork", only_one)
+            hinder_forks(monkeypatch, lambda n: n > 1)
             reload = await supervised.reload(1)
             assert workers_of(os.getpid()) == before
             assert reload["outcome"] == "refused"
@@ -261,22 +269,12 @@ class TestWhatCannotBeStarted:
     async def test_what_the_machine_had_no_room_for_is_tried_again(
         self, supervise, monkeypatch, pointer, bundles, logged
     ):
-        fork = Template.fork
-        n_asked = 0
-
-        def not_at_first(template: Template, handed: Sequence[int]) -> Fork:
-            nonlocal n_asked
-            n_asked += 1
-            if n_asked <= 2:
-                raise BlockingIOError(errno.EAGAIN, "no process")
-            return fork(template, handed)
-
         monkeypatch.setattr(supervisor, "_FIRST_RETRY_S", 0.1)
         async with supervise() as supervised:
-            monkeypatch.setattr(Template, "fork", not_at_first)
+            asked = hinder_forks(monkeypatch, lambda n: n <= 2)
             publish(pointer, bundles[1])
             await asyncio.to_thread(logged.wait_for, "reload-applied")
-            assert n_asked == 3
+            assert asked == [1, 2, 3]
             # The same again is no news.
             assert len(logged.events("reload-refused")) == 1
             assert (await supervised.get("/admin/status"))["refused"] is None
@@ -284,22 +282,14 @@ class TestWhatCannotBeStarted:
     async def test_what_a_worker_has_found_wrong_is_not_tried_again(
         self, supervise, monkeypatch, pointer, bundles, logged
     ):
-        fork = Template.fork
-        n_forks = 0
-
-        def counted(template: Template, handed: Sequence[int]) -> Fork:
-            nonlocal n_forks
-            n_forks += 1
-            return fork(template, handed)
-
         monkeypatch.setattr(supervisor, "_FIRST_RETRY_S", 0.1)
         async with supervise():
-            monkeypatch.setattr(Template, "fork", counted)
+            asked = hinder_forks(monkeypatch, lambda _: False)
             flip_a_byte(bundles[1] / "model.onnx")
             put(pointer, f"{bundles[1]}\n")
             await asyncio.to_thread(logged.wait_for, "reload-refused")
             await asyncio.sleep(0.5)
-            assert n_forks == 1
+            assert asked == [1]
 
     async def test_a_replacement_that_is_not_ready_in_time_is_given_up(
         self, supervise, monkeypatch, logged
